@@ -1,0 +1,10 @@
+//! Wharfinger: artifact storage for unmodified GitHub Actions clients.
+//!
+//! Imports go down only: `main` → `cli` → `app` → `api` → `service` → {`db`, `storage`, `papers`} → `model`, `error`.
+//! `ARCHITECTURE.md` explains the floors; `tests/it/layers.rs` fails when one reaches up.
+
+pub mod clock;
+pub mod error;
+pub mod model;
+pub mod papers;
+pub mod storage;
