@@ -4,6 +4,7 @@
 //! `ARCHITECTURE.md` explains the floors; `tests/it/layers.rs` fails when one reaches up.
 
 pub mod clock;
+pub mod db;
 pub mod error;
 pub mod model;
 pub mod papers;

@@ -1,0 +1,425 @@
+//! Artifacts: names within a workflow run, each pointing at a blob.
+//!
+//! Called by `service/artifacts.rs`. Every look-up carries the whole key of the run. Locks are taken blob first,
+//! artifact second, so that no two of these transactions wait for each other.
+
+use uuid::Uuid;
+
+use super::blobs::digest;
+use super::{Db, TRIES, lost_every_race, on, transaction, unsigned};
+use crate::error::Result;
+use crate::model::{ArtifactId, BlobId, BlobKind, BlobState, Principal, RunKey, Sha256};
+
+/// What `CreateArtifact` asks for, checked.
+#[derive(Clone, Debug)]
+pub struct NewArtifact<'a> {
+    pub principal: &'a Principal,
+    pub name: &'a str,
+    pub version: i32,
+    pub mime_type: Option<&'a str>,
+    pub created_at_ms: i64,
+    pub expires_at_ms: i64,
+    /// At most this many artifacts of the job's, where there is a limit.
+    pub max_per_job: Option<i64>,
+}
+
+/// What became of it.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Created {
+    /// Bytes go to this blob.
+    Upload(BlobId),
+    /// The name is finalized in this run and attempt.
+    Exists,
+    /// The job has as many artifacts as it may have.
+    TooMany,
+}
+
+/// The artifact that `FinalizeArtifact` means, as it stands.
+#[derive(Clone, Debug)]
+pub struct FinalizeCandidate {
+    pub id: ArtifactId,
+    pub job_backend_id: String,
+    pub finalized: bool,
+    pub blob: BlobId,
+    pub blob_state: Option<BlobState>,
+    pub revision: i64,
+    pub size_bytes: u64,
+    pub sha256: Option<Sha256>,
+}
+
+/// How much is known of a blob's hash when it is sealed.
+#[derive(Clone, Copy, Debug)]
+pub enum Sealing {
+    /// The content hashes to this.
+    Verified(Sha256),
+    /// To be hashed in the background and compared with what the client said, if it said anything.
+    Pending(Option<Sha256>),
+}
+
+/// A row of a run's list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedArtifact {
+    pub id: ArtifactId,
+    pub name: String,
+    /// The job that uploaded it.
+    pub job_backend_id: String,
+    pub size_bytes: u64,
+    pub created_at_ms: i64,
+    pub sha256: Option<Sha256>,
+}
+
+/// The one artifact that a name means to a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewestArtifact {
+    pub id: ArtifactId,
+    pub blob: BlobId,
+}
+
+/// No client keeps more, and an answer must have some bound.
+const LIST_LIMIT: i64 = 10_000;
+
+impl Db {
+    /// Begins an upload. Over a name that is still pending the newest wins, with a fresh blob.
+    pub async fn create_artifact(&self, new: &NewArtifact<'_>) -> Result<Created> {
+        for _ in 0..TRIES {
+            if let Some(created) = self.try_create_artifact(new).await? {
+                return Ok(created);
+            }
+        }
+        Err(lost_every_race())
+    }
+
+    /// `None` if another request got in between.
+    async fn try_create_artifact(&self, new: &NewArtifact<'_>) -> Result<Option<Created>> {
+        let NewArtifact {
+            principal,
+            name,
+            version,
+            mime_type,
+            created_at_ms: now_ms,
+            ..
+        } = *new;
+        let run = &principal.run;
+        let blob = BlobId::fresh();
+        let mut refused = None;
+        let created = transaction!(self, durable, |tx| {
+            sqlx::query(
+                "INSERT INTO blobs (id, kind, state, revision, size_bytes, verification, verify_lease_until_ms,
+                     created_at_ms, changed_at_ms)
+                 VALUES ($1, $2, 'staging', 0, 0, 'none', 0, $3, $3)",
+            )
+            .bind(blob.0)
+            .bind(BlobKind::Artifact.as_str())
+            .bind(now_ms)
+            .execute(&mut *tx)
+            .await?;
+            let inserted: Option<i64> = sqlx::query_scalar(
+                "INSERT INTO artifacts (issuer, repository, run_backend_id, name, run_attempt, job_backend_id,
+                     repository_name, run_id, version, mime_type, state, blob_id, created_at_ms, expires_at_ms)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'pending', $11, $12, $13)
+                 ON CONFLICT (issuer, repository, run_backend_id, name, run_attempt) DO NOTHING
+                 RETURNING id",
+            )
+            .bind(&run.issuer)
+            .bind(&run.repository)
+            .bind(&run.run_backend_id)
+            .bind(name)
+            .bind(principal.run_attempt)
+            .bind(&principal.job_backend_id)
+            .bind(principal.repository_name.as_deref())
+            .bind(principal.run_id)
+            .bind(version)
+            .bind(mime_type)
+            .bind(blob.0)
+            .bind(now_ms)
+            .bind(new.expires_at_ms)
+            .fetch_optional(&mut *tx)
+            .await?;
+            let placed = if inserted.is_some() {
+                true
+            } else {
+                let there: Option<(i64, String, Uuid, i64)> = sqlx::query_as(
+                    "SELECT id, state, blob_id, expires_at_ms FROM artifacts
+                     WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND name = $4 AND run_attempt = $5",
+                )
+                .bind(&run.issuer)
+                .bind(&run.repository)
+                .bind(&run.run_backend_id)
+                .bind(name)
+                .bind(principal.run_attempt)
+                .fetch_optional(&mut *tx)
+                .await?;
+                match there {
+                    Some((_, state, _, expires_at_ms)) if state == "finalized" && expires_at_ms > now_ms => {
+                        refused = Some(Created::Exists);
+                        false
+                    }
+                    // Expired and not yet cleaned: the name is free.
+                    // Pending: the older upload ends here, whoever began it.
+                    Some((id, state, old_blob, _)) => {
+                        let tombstone = if state == "finalized" { "expired" } else { "superseded" };
+                        sqlx::query(
+                            "UPDATE blobs SET state = 'deleting', tombstone = $2, changed_at_ms = $3, cleaned_at_ms = NULL
+                             WHERE id = $1 AND state <> 'deleting'",
+                        )
+                        .bind(old_blob)
+                        .bind(tombstone)
+                        .bind(now_ms)
+                        .execute(&mut *tx)
+                        .await?;
+                        sqlx::query(
+                            "UPDATE artifacts SET state = 'pending', blob_id = $4, job_backend_id = $5, version = $6,
+                                 mime_type = $7, created_at_ms = $8, expires_at_ms = $9, finalized_at_ms = NULL
+                             WHERE id = $1 AND blob_id = $2 AND state = $3",
+                        )
+                        .bind(id)
+                        .bind(old_blob)
+                        .bind(state)
+                        .bind(blob.0)
+                        .bind(&principal.job_backend_id)
+                        .bind(version)
+                        .bind(mime_type)
+                        .bind(now_ms)
+                        .bind(new.expires_at_ms)
+                        .execute(&mut *tx)
+                        .await?
+                        .rows_affected()
+                            == 1
+                    }
+                    None => false,
+                }
+            };
+            if placed && let Some(limit) = new.max_per_job {
+                let count: i64 = sqlx::query_scalar(
+                    "SELECT count(*) FROM artifacts WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3
+                         AND run_attempt = $4 AND job_backend_id = $5",
+                )
+                .bind(&run.issuer)
+                .bind(&run.repository)
+                .bind(&run.run_backend_id)
+                .bind(principal.run_attempt)
+                .bind(&principal.job_backend_id)
+                .fetch_one(&mut *tx)
+                .await?;
+                if count > limit {
+                    refused = Some(Created::TooMany);
+                }
+            }
+            (placed && refused.is_none()).then_some(())
+        });
+        Ok(created.map(|()| Created::Upload(blob)).or(refused))
+    }
+
+    /// The artifact that a job is about to finalize, if it lives at `now_ms`.
+    pub async fn finalize_candidate(
+        &self,
+        principal: &Principal,
+        name: &str,
+        now_ms: i64,
+    ) -> Result<Option<FinalizeCandidate>> {
+        type Row = (i64, String, String, Uuid, String, i64, i64, Option<Vec<u8>>);
+        let run = &principal.run;
+        let row: Option<Row> = on!(self, readers, |conn| {
+            sqlx::query_as(
+                "SELECT a.id, a.job_backend_id, a.state, b.id, b.state, b.revision, b.size_bytes, b.sha256
+                 FROM artifacts a JOIN blobs b ON b.id = a.blob_id
+                 WHERE a.issuer = $1 AND a.repository = $2 AND a.run_backend_id = $3 AND a.name = $4
+                     AND a.run_attempt = $5 AND (a.state = 'pending' OR a.expires_at_ms > $6)",
+            )
+            .bind(&run.issuer)
+            .bind(&run.repository)
+            .bind(&run.run_backend_id)
+            .bind(name)
+            .bind(principal.run_attempt)
+            .bind(now_ms)
+            .fetch_optional(conn)
+            .await?
+        });
+        row.map(
+            |(id, job_backend_id, state, blob, blob_state, revision, size, sha256)| {
+                Ok(FinalizeCandidate {
+                    id: ArtifactId(id),
+                    job_backend_id,
+                    finalized: state == "finalized",
+                    blob: BlobId(blob),
+                    blob_state: BlobState::parse(&blob_state),
+                    revision,
+                    size_bytes: unsigned(size)?,
+                    sha256: digest(sha256)?,
+                })
+            },
+        )
+        .transpose()
+    }
+
+    /// Seals the blob's content of that revision and shows the artifact, in one step.
+    /// `false` if the artifact or the content changed since the candidate was read: look again.
+    pub async fn finalize_artifact(
+        &self,
+        candidate: &FinalizeCandidate,
+        sealing: Sealing,
+        now_ms: i64,
+    ) -> Result<bool> {
+        let (verification, sha256) = match sealing {
+            Sealing::Verified(sha256) => ("verified", Some(sha256)),
+            Sealing::Pending(expected) => ("pending", expected),
+        };
+        let done = transaction!(self, durable, |tx| {
+            let sealed = sqlx::query(
+                "UPDATE blobs SET state = 'sealed', verification = $3, sha256 = $4, changed_at_ms = $5
+                 WHERE id = $1 AND revision = $2 AND state = 'committed'",
+            )
+            .bind(candidate.blob.0)
+            .bind(candidate.revision)
+            .bind(verification)
+            .bind(sha256.map(|sha256| sha256.0.to_vec()))
+            .bind(now_ms)
+            .execute(&mut *tx)
+            .await?
+            .rows_affected();
+            let shown = sqlx::query(
+                "UPDATE artifacts SET state = 'finalized', finalized_at_ms = $3
+                 WHERE id = $1 AND blob_id = $2 AND state = 'pending'",
+            )
+            .bind(candidate.id.0)
+            .bind(candidate.blob.0)
+            .bind(now_ms)
+            .execute(&mut *tx)
+            .await?
+            .rows_affected();
+            if sealed == 1 && shown == 1 {
+                // Blocks that came after the list are nobody's content.
+                sqlx::query(
+                    "INSERT INTO garbage (object_key, blob_id, created_at_ms)
+                     SELECT object_key, blob_id, CAST($2 AS BIGINT) FROM blocks
+                     WHERE blob_id = $1 AND start_offset IS NULL
+                     ON CONFLICT (object_key) DO NOTHING",
+                )
+                .bind(candidate.blob.0)
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await?;
+                sqlx::query("DELETE FROM blocks WHERE blob_id = $1 AND start_offset IS NULL")
+                    .bind(candidate.blob.0)
+                    .execute(&mut *tx)
+                    .await?;
+                Some(())
+            } else {
+                None
+            }
+        });
+        Ok(done.is_some())
+    }
+
+    /// The finalized artifacts of a run that live at `now_ms`, newest first. An attempt sees its own and those of
+    /// earlier attempts; of two with one name the newer attempt's.
+    pub async fn list_artifacts(
+        &self,
+        principal: &Principal,
+        name: Option<&str>,
+        id: Option<ArtifactId>,
+        now_ms: i64,
+    ) -> Result<Vec<ListedArtifact>> {
+        type Row = (i64, String, String, i64, i64, Option<Vec<u8>>);
+        let RunKey {
+            issuer,
+            repository,
+            run_backend_id,
+        } = &principal.run;
+        let rows: Vec<Row> = on!(self, readers, |conn| {
+            sqlx::query_as(
+                "SELECT a.id, a.name, a.job_backend_id, b.size_bytes, a.created_at_ms, b.sha256
+                 FROM artifacts a JOIN blobs b ON b.id = a.blob_id
+                 WHERE a.issuer = $1 AND a.repository = $2 AND a.run_backend_id = $3 AND a.run_attempt <= $4
+                     AND a.state = 'finalized' AND a.expires_at_ms > $5
+                     AND (CAST($6 AS TEXT) IS NULL OR a.name = $6)
+                     AND (CAST($7 AS BIGINT) IS NULL OR a.id = $7)
+                     AND NOT EXISTS (
+                         SELECT 1 FROM artifacts n
+                         WHERE n.issuer = a.issuer AND n.repository = a.repository
+                             AND n.run_backend_id = a.run_backend_id AND n.name = a.name
+                             AND n.run_attempt > a.run_attempt AND n.run_attempt <= $4
+                             AND n.state = 'finalized' AND n.expires_at_ms > $5)
+                 ORDER BY a.id DESC LIMIT $8",
+            )
+            .bind(issuer)
+            .bind(repository)
+            .bind(run_backend_id)
+            .bind(principal.run_attempt)
+            .bind(now_ms)
+            .bind(name)
+            .bind(id.map(|id| id.0))
+            .bind(LIST_LIMIT)
+            .fetch_all(conn)
+            .await?
+        });
+        rows.into_iter()
+            .map(|(id, name, job_backend_id, size, created_at_ms, sha256)| {
+                Ok(ListedArtifact {
+                    id: ArtifactId(id),
+                    name,
+                    job_backend_id,
+                    size_bytes: unsigned(size)?,
+                    created_at_ms,
+                    sha256: digest(sha256)?,
+                })
+            })
+            .collect()
+    }
+
+    /// The finalized artifact of that name that the list would show.
+    pub async fn newest_artifact(
+        &self,
+        principal: &Principal,
+        name: &str,
+        now_ms: i64,
+    ) -> Result<Option<NewestArtifact>> {
+        let run = &principal.run;
+        let row: Option<(i64, Uuid)> = on!(self, readers, |conn| {
+            sqlx::query_as(
+                "SELECT id, blob_id FROM artifacts
+                 WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND name = $4 AND run_attempt <= $5
+                     AND state = 'finalized' AND expires_at_ms > $6
+                 ORDER BY run_attempt DESC LIMIT 1",
+            )
+            .bind(&run.issuer)
+            .bind(&run.repository)
+            .bind(&run.run_backend_id)
+            .bind(name)
+            .bind(principal.run_attempt)
+            .bind(now_ms)
+            .fetch_optional(conn)
+            .await?
+        });
+        Ok(row.map(|(id, blob)| NewestArtifact {
+            id: ArtifactId(id),
+            blob: BlobId(blob),
+        }))
+    }
+
+    /// Takes an artifact out of everybody's sight and ends its links. `false` if it was gone already.
+    pub async fn delete_artifact(&self, artifact: &NewestArtifact, now_ms: i64) -> Result<bool> {
+        let deleted = transaction!(self, durable, |tx| {
+            let tombstoned = sqlx::query(
+                "UPDATE blobs SET state = 'deleting', tombstone = 'deleted', changed_at_ms = $2, cleaned_at_ms = NULL
+                 WHERE id = $1 AND state = 'sealed'",
+            )
+            .bind(artifact.blob.0)
+            .bind(now_ms)
+            .execute(&mut *tx)
+            .await?
+            .rows_affected();
+            if tombstoned == 0 {
+                None
+            } else {
+                sqlx::query("DELETE FROM artifacts WHERE id = $1 AND blob_id = $2")
+                    .bind(artifact.id.0)
+                    .bind(artifact.blob.0)
+                    .execute(&mut *tx)
+                    .await?;
+                Some(())
+            }
+        });
+        Ok(deleted.is_some())
+    }
+}

@@ -1,0 +1,234 @@
+//! What the cleaner asks of the database: what is due, and to forget what is gone.
+//!
+//! Called by `service/cleaner.rs` only. Every step is safe to repeat and safe beside another cleaner.
+
+use uuid::Uuid;
+
+use super::{Db, on, transaction};
+use crate::error::{Error, Result};
+use crate::model::{BlobId, ObjectKey};
+
+impl Db {
+    /// Takes artifacts whose time is up out of the database and leaves their blobs to be deleted.
+    /// Returns how many.
+    pub async fn expire_artifacts(&self, now_ms: i64, limit: i64) -> Result<u64> {
+        self.bury(
+            "UPDATE blobs SET state = 'deleting', tombstone = 'expired', changed_at_ms = $3, cleaned_at_ms = NULL
+             WHERE state = 'sealed' AND id IN (
+                 SELECT blob_id FROM artifacts WHERE state = 'finalized' AND expires_at_ms <= $1
+                 ORDER BY expires_at_ms LIMIT $2)
+             RETURNING id",
+            now_ms,
+            now_ms,
+            limit,
+        )
+        .await
+    }
+
+    /// Gives up on uploads begun at or before `begun_before_ms` and never finalized. Returns how many.
+    pub async fn abandon_uploads(&self, begun_before_ms: i64, now_ms: i64, limit: i64) -> Result<u64> {
+        self.bury(
+            "UPDATE blobs SET state = 'deleting', tombstone = 'abandoned', changed_at_ms = $3, cleaned_at_ms = NULL
+             WHERE state IN ('staging', 'committed') AND id IN (
+                 SELECT id FROM blobs WHERE state IN ('staging', 'committed') AND created_at_ms <= $1
+                 ORDER BY created_at_ms LIMIT $2)
+             RETURNING id",
+            begun_before_ms,
+            now_ms,
+            limit,
+        )
+        .await
+    }
+
+    /// Turns blobs into tombstones by `update`, whose parameters are the cut-off, the limit and the time, and
+    /// forgets the artifacts that pointed at them.
+    async fn bury(&self, update: &'static str, cut_off_ms: i64, now_ms: i64, limit: i64) -> Result<u64> {
+        let buried = transaction!(self, durable, |tx| {
+            let blobs: Vec<Uuid> = sqlx::query_scalar(update)
+                .bind(cut_off_ms)
+                .bind(limit)
+                .bind(now_ms)
+                .fetch_all(&mut *tx)
+                .await?;
+            for blob in &blobs {
+                sqlx::query("DELETE FROM artifacts WHERE blob_id = $1")
+                    .bind(blob)
+                    .execute(&mut *tx)
+                    .await?;
+            }
+            Some(blobs.len())
+        });
+        Ok(buried.unwrap_or_default() as u64)
+    }
+
+    /// Tombstones from at or before `dead_since_ms` whose objects are still there.
+    pub async fn blobs_to_empty(&self, dead_since_ms: i64, limit: i64) -> Result<Vec<BlobId>> {
+        self.blob_ids(
+            "SELECT id FROM blobs WHERE state = 'deleting' AND cleaned_at_ms IS NULL AND changed_at_ms <= $1
+             ORDER BY changed_at_ms LIMIT $2",
+            dead_since_ms,
+            limit,
+        )
+        .await
+    }
+
+    /// Emptied tombstones from at or before `dead_since_ms`: no request can still be writing below their prefix.
+    pub async fn blobs_to_drop(&self, dead_since_ms: i64, limit: i64) -> Result<Vec<BlobId>> {
+        self.blob_ids(
+            "SELECT id FROM blobs WHERE state = 'deleting' AND cleaned_at_ms IS NOT NULL AND changed_at_ms <= $1
+             ORDER BY changed_at_ms LIMIT $2",
+            dead_since_ms,
+            limit,
+        )
+        .await
+    }
+
+    /// Blobs sealed at or before `sealed_before_ms` whose prefix was never searched for leftovers.
+    pub async fn blobs_to_sweep(&self, sealed_before_ms: i64, limit: i64) -> Result<Vec<BlobId>> {
+        self.blob_ids(
+            "SELECT id FROM blobs WHERE state = 'sealed' AND cleaned_at_ms IS NULL AND changed_at_ms <= $1
+             ORDER BY changed_at_ms LIMIT $2",
+            sealed_before_ms,
+            limit,
+        )
+        .await
+    }
+
+    async fn blob_ids(&self, query: &'static str, before_ms: i64, limit: i64) -> Result<Vec<BlobId>> {
+        let ids: Vec<Uuid> = on!(self, readers, |conn| sqlx::query_scalar(query)
+            .bind(before_ms)
+            .bind(limit)
+            .fetch_all(conn)
+            .await?);
+        Ok(ids.into_iter().map(BlobId).collect())
+    }
+
+    /// Every object that a blob's rows name.
+    pub async fn objects_of(&self, blob: BlobId) -> Result<Vec<ObjectKey>> {
+        let keys: Vec<String> = on!(self, readers, |conn| {
+            sqlx::query_scalar("SELECT DISTINCT object_key FROM blocks WHERE blob_id = $1")
+                .bind(blob.0)
+                .fetch_all(conn)
+                .await?
+        });
+        keys.iter().map(|key| object_key(key)).collect()
+    }
+
+    /// Whether a row of any blob that is not being deleted names this object.
+    pub async fn is_object_in_use(&self, key: &ObjectKey) -> Result<bool> {
+        let user: Option<i64> = on!(self, readers, |conn| {
+            sqlx::query_scalar(
+                "SELECT CAST(1 AS BIGINT) FROM blocks k JOIN blobs b ON b.id = k.blob_id
+                 WHERE k.object_key = $1 AND b.state <> 'deleting' LIMIT 1",
+            )
+            .bind(key.as_str())
+            .fetch_optional(conn)
+            .await?
+        });
+        Ok(user.is_some())
+    }
+
+    /// Forgets the blocks of a tombstone whose objects were deleted.
+    pub async fn mark_emptied(&self, blob: BlobId, now_ms: i64) -> Result<()> {
+        transaction!(self, durable, |tx| {
+            sqlx::query("UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND state = 'deleting'")
+                .bind(blob.0)
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await?;
+            sqlx::query("DELETE FROM blocks WHERE blob_id = $1")
+                .bind(blob.0)
+                .execute(&mut *tx)
+                .await?;
+            Some(())
+        });
+        Ok(())
+    }
+
+    /// Forgets a tombstone altogether.
+    pub async fn drop_blob(&self, blob: BlobId) -> Result<()> {
+        transaction!(self, durable, |tx| {
+            sqlx::query("DELETE FROM garbage WHERE blob_id = $1")
+                .bind(blob.0)
+                .execute(&mut *tx)
+                .await?;
+            sqlx::query("DELETE FROM blobs WHERE id = $1 AND state = 'deleting'")
+                .bind(blob.0)
+                .execute(&mut *tx)
+                .await?;
+            Some(())
+        });
+        Ok(())
+    }
+
+    /// Forgets blocks of a sealed blob that arrived too late to be content, and notes that it was swept.
+    pub async fn mark_swept(&self, blob: BlobId, now_ms: i64) -> Result<()> {
+        transaction!(self, durable, |tx| {
+            sqlx::query("UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND state = 'sealed'")
+                .bind(blob.0)
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await?;
+            sqlx::query(
+                "INSERT INTO garbage (object_key, blob_id, created_at_ms)
+                 SELECT object_key, blob_id, CAST($2 AS BIGINT) FROM blocks
+                 WHERE blob_id = $1 AND start_offset IS NULL
+                 ON CONFLICT (object_key) DO NOTHING",
+            )
+            .bind(blob.0)
+            .bind(now_ms)
+            .execute(&mut *tx)
+            .await?;
+            sqlx::query("DELETE FROM blocks WHERE blob_id = $1 AND start_offset IS NULL")
+                .bind(blob.0)
+                .execute(&mut *tx)
+                .await?;
+            Some(())
+        });
+        Ok(())
+    }
+
+    /// Objects recorded as garbage, oldest first.
+    pub async fn garbage(&self, limit: i64) -> Result<Vec<ObjectKey>> {
+        let keys: Vec<String> = on!(self, readers, |conn| {
+            sqlx::query_scalar("SELECT object_key FROM garbage ORDER BY created_at_ms LIMIT $1")
+                .bind(limit)
+                .fetch_all(conn)
+                .await?
+        });
+        keys.iter().map(|key| object_key(key)).collect()
+    }
+
+    /// Forgets garbage whose object was deleted.
+    pub async fn drop_garbage(&self, key: &ObjectKey) -> Result<()> {
+        on!(self, durable, |conn| {
+            sqlx::query("DELETE FROM garbage WHERE object_key = $1")
+                .bind(key.as_str())
+                .execute(conn)
+                .await?;
+        });
+        Ok(())
+    }
+
+    /// How many blobs are in each state.
+    pub async fn blob_counts(&self) -> Result<Vec<(String, i64)>> {
+        Ok(on!(self, readers, |conn| {
+            sqlx::query_as("SELECT state, CAST(count(*) AS BIGINT) FROM blobs GROUP BY state")
+                .fetch_all(conn)
+                .await?
+        }))
+    }
+
+    /// How many sealed blobs wait for their hash.
+    pub async fn pending_verifications(&self) -> Result<i64> {
+        Ok(on!(self, readers, |conn| {
+            sqlx::query_scalar("SELECT CAST(count(*) AS BIGINT) FROM blobs WHERE verification = 'pending'")
+                .fetch_one(conn)
+                .await?
+        }))
+    }
+}
+
+fn object_key(text: &str) -> Result<ObjectKey> {
+    ObjectKey::parse(text).ok_or_else(|| Error::Internal(format!("not an object key: {text}")))
+}

@@ -1,0 +1,118 @@
+//! Opening the database and bringing its schema up to date.
+//!
+//! Called by `app` at start. Every failure is one sentence that says what to do.
+
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
+
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use sqlx::migrate::{MigrateError, Migrator};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+
+use super::{Db, Sqlite};
+
+static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
+static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
+
+/// How long a request waits for a free connection before it is told to come back later.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
+/// A writer on SQLite queues behind the others, so it may wait longer than one on Postgres.
+const SQLITE_TIMEOUT: Duration = Duration::from_secs(30);
+const SQLITE_READERS: u32 = 8;
+
+/// The `[database]` section of the configuration.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// `postgres://…`, or empty for SQLite in the data directory.
+    pub url: SecretString,
+    /// Connections to Postgres per replica.
+    pub max_connections: u32,
+}
+
+impl Settings {
+    pub fn is_embedded(&self) -> bool {
+        self.url.expose_secret().is_empty()
+    }
+}
+
+impl Db {
+    /// Connects, without touching the schema.
+    pub async fn connect(settings: &Settings, data_dir: &Path, ca_file: Option<&Path>) -> Result<Self, String> {
+        if settings.is_embedded() {
+            Self::connect_sqlite(&data_dir.join("wharfinger.db")).await
+        } else {
+            Self::connect_postgres(settings, ca_file).await
+        }
+    }
+
+    async fn connect_postgres(settings: &Settings, ca_file: Option<&Path>) -> Result<Self, String> {
+        let mut options = PgConnectOptions::from_str(settings.url.expose_secret())
+            .map_err(|error| format!("database.url is not a usable postgres:// URL ({error}); correct it"))?
+            .application_name("wharfinger")
+            // A replica that hangs in a transaction must not hold everybody's locks.
+            .options([
+                ("statement_timeout", "10s"),
+                ("lock_timeout", "3s"),
+                ("idle_in_transaction_session_timeout", "15s"),
+                ("synchronous_commit", "on"),
+            ]);
+        if let Some(ca_file) = ca_file {
+            options = options.ssl_root_cert(ca_file);
+        }
+        let place = format!("{}:{}", options.get_host(), options.get_port());
+        let pool = PgPoolOptions::new()
+            .max_connections(settings.max_connections)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .connect_with(options)
+            .await
+            .map_err(|error| {
+                format!("cannot connect to the database at {place} ({error}); start it or correct database.url")
+            })?;
+        Ok(Self::Postgres(pool))
+    }
+
+    async fn connect_sqlite(path: &Path) -> Result<Self, String> {
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .busy_timeout(SQLITE_TIMEOUT)
+            .foreign_keys(true);
+        let pool = |connections, synchronous| {
+            SqlitePoolOptions::new()
+                .max_connections(connections)
+                .acquire_timeout(SQLITE_TIMEOUT)
+                .idle_timeout(None)
+                .max_lifetime(None)
+                .connect_with(options.clone().synchronous(synchronous))
+        };
+        let cannot = |error: sqlx::Error| format!("cannot open {} ({error}); is it writable?", path.display());
+        Ok(Self::Sqlite(Sqlite {
+            durable: pool(1, SqliteSynchronous::Full).await.map_err(cannot)?,
+            staging: pool(1, SqliteSynchronous::Normal).await.map_err(cannot)?,
+            readers: pool(SQLITE_READERS, SqliteSynchronous::Full).await.map_err(cannot)?,
+        }))
+    }
+
+    /// Brings the schema up to date. Any number of replicas may call this at once; on SQLite the caller holds
+    /// the data directory's lock.
+    pub async fn migrate(&self) -> Result<(), String> {
+        let outcome = match self {
+            Db::Postgres(pool) => POSTGRES.run(pool).await,
+            Db::Sqlite(sqlite) => SQLITE.run(&sqlite.durable).await,
+        };
+        outcome.map_err(|error| match error {
+            MigrateError::VersionMissing(version) => format!(
+                "the database has schema version {version}, which is newer than this program knows; run the newer release"
+            ),
+            MigrateError::VersionMismatch(version) => format!(
+                "migration {version} was applied to the database in another form; run the release that applied it"
+            ),
+            error => format!("cannot bring the database's schema up to date ({error}); nothing of the failed step was kept"),
+        })
+    }
+}

@@ -1,0 +1,219 @@
+//! Everything that knows SQL: one text of each query for Postgres and SQLite.
+//!
+//! Called by `service/` and `app`. One transaction is one method named by its intent; no transaction leaves
+//! this floor, and no method holds a connection while bytes stream. Times are given by the caller, except
+//! in [`Db::clock_skew_ms`].
+
+mod artifacts;
+mod blobs;
+mod cleaning;
+mod connect;
+
+pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
+pub use blobs::{Committed, ListEntry, ListSource, ReadableBlob, StagedBlock, Verification, WritableBlob};
+pub use connect::Settings;
+
+use sqlx::{PgPool, SqlitePool};
+use uuid::Uuid;
+
+use crate::error::{Error, Result};
+
+/// The database. Cloning shares the pools.
+#[derive(Clone, Debug)]
+pub enum Db {
+    Postgres(PgPool),
+    Sqlite(Sqlite),
+}
+
+/// SQLite has one writer at a time, so each kind of write has one connection and waits in a fair queue for it
+/// instead of polling the file's lock.
+#[derive(Clone, Debug)]
+pub struct Sqlite {
+    readers: SqlitePool,
+    /// `synchronous=FULL`: what it commits survives a power cut, and so does all that was committed before.
+    durable: SqlitePool,
+    /// `synchronous=NORMAL`: what it commits survives the process. Block rows go here.
+    staging: SqlitePool,
+}
+
+/// Runs one expression on whichever database this is, with `$conn` bound to something that executes queries.
+/// `$pool` names the SQLite pool to use: `readers`, `durable` or `staging`.
+macro_rules! on {
+    ($db:expr, $pool:ident, |$conn:ident| $body:expr) => {
+        match $db {
+            $crate::db::Db::Postgres($conn) => $body,
+            $crate::db::Db::Sqlite(sqlite) => {
+                let $conn = &sqlite.$pool;
+                $body
+            }
+        }
+    };
+}
+
+/// Runs a block in one transaction. `?` inside rolls back; the block's value is returned after the commit,
+/// and `None` from it rolls back too.
+macro_rules! transaction {
+    ($db:expr, $pool:ident, |$tx:ident| $body:block) => {
+        match $db {
+            $crate::db::Db::Postgres(pool) => {
+                let mut $tx = pool.begin().await?;
+                let value = $body;
+                match &value {
+                    Some(_) => $tx.commit().await?,
+                    None => $tx.rollback().await?,
+                }
+                value
+            }
+            $crate::db::Db::Sqlite(sqlite) => {
+                // A transaction that begins by reading could find the write lock taken and could not wait for it.
+                let mut $tx = sqlite.$pool.begin_with("BEGIN IMMEDIATE").await?;
+                let value = $body;
+                match &value {
+                    Some(_) => $tx.commit().await?,
+                    None => $tx.rollback().await?,
+                }
+                value
+            }
+        }
+    };
+}
+
+pub(in crate::db) use {on, transaction};
+
+/// How often a transaction that lost a race is tried again before the caller is told to come back later.
+const TRIES: usize = 8;
+
+fn lost_every_race() -> Error {
+    Error::Busy("too many writers at once, try again".to_owned())
+}
+
+impl Db {
+    /// A value stored once for the whole installation, such as the store's id.
+    pub async fn property(&self, name: &str) -> Result<Option<String>> {
+        let value = on!(self, readers, |conn| {
+            sqlx::query_scalar("SELECT value FROM properties WHERE name = $1")
+                .bind(name)
+                .fetch_optional(conn)
+                .await?
+        });
+        Ok(value)
+    }
+
+    /// Stores a property unless somebody was first; returns the value that now holds.
+    pub async fn set_property_once(&self, name: &str, value: &str) -> Result<String> {
+        on!(self, durable, |conn| {
+            sqlx::query("INSERT INTO properties (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING")
+                .bind(name)
+                .bind(value)
+                .execute(conn)
+                .await?;
+        });
+        Ok(self.property(name).await?.unwrap_or_else(|| value.to_owned()))
+    }
+
+    /// Takes or renews a lease for `holder`. `false` if another holder's has not run out at `now_ms`.
+    pub async fn take_lease(&self, name: &str, holder: Uuid, now_ms: i64, until_ms: i64) -> Result<bool> {
+        let taken: Option<String> = on!(self, staging, |conn| {
+            sqlx::query_scalar(
+                "INSERT INTO leases (name, holder, expires_at_ms) VALUES ($1, $2, $3)
+                 ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, expires_at_ms = excluded.expires_at_ms
+                 WHERE leases.holder = excluded.holder OR leases.expires_at_ms <= $4
+                 RETURNING name",
+            )
+            .bind(name)
+            .bind(holder)
+            .bind(until_ms)
+            .bind(now_ms)
+            .fetch_optional(conn)
+            .await?
+        });
+        Ok(taken.is_some())
+    }
+
+    /// Gives a lease back, so that the next holder need not wait for it to run out.
+    pub async fn release_lease(&self, name: &str, holder: Uuid) -> Result<()> {
+        on!(self, staging, |conn| {
+            sqlx::query("DELETE FROM leases WHERE name = $1 AND holder = $2")
+                .bind(name)
+                .bind(holder)
+                .execute(conn)
+                .await?;
+        });
+        Ok(())
+    }
+
+    /// Answers if the database can be asked.
+    pub async fn ping(&self) -> Result<()> {
+        let _: i32 = on!(self, readers, |conn| sqlx::query_scalar("SELECT 1")
+            .fetch_one(conn)
+            .await?);
+        Ok(())
+    }
+
+    /// How far this machine's clock is ahead of the database's, in milliseconds. SQLite has no clock of its own.
+    pub async fn clock_skew_ms(&self) -> Result<i64> {
+        let Db::Postgres(pool) = self else { return Ok(0) };
+        let theirs: i64 = sqlx::query_scalar("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)")
+            .fetch_one(pool)
+            .await?;
+        Ok(crate::clock::Clock::System.now_ms() - theirs)
+    }
+
+    pub async fn close(&self) {
+        match self {
+            Db::Postgres(pool) => pool.close().await,
+            Db::Sqlite(sqlite) => {
+                sqlite.staging.close().await;
+                sqlite.durable.close().await;
+                sqlite.readers.close().await;
+            }
+        }
+    }
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        // Postgres: connection trouble, resources, lock and statement timeouts, serialization failures, shutting down.
+        const TRANSIENT_POSTGRES: [&str; 9] = [
+            "08", "53", "55P03", "57014", "57P01", "57P02", "57P03", "40001", "40P01",
+        ];
+        // SQLite: BUSY, LOCKED, FULL, IOERR, CANTOPEN, READONLY (the primary code is the low byte).
+        const TRANSIENT_SQLITE: [i64; 6] = [5, 6, 13, 10, 14, 8];
+        let transient = match &error {
+            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
+            sqlx::Error::WorkerCrashed | sqlx::Error::Protocol(_) => true,
+            sqlx::Error::Database(database) => database.code().is_some_and(|code| {
+                if database.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some() {
+                    TRANSIENT_POSTGRES.iter().any(|prefix| code.starts_with(prefix))
+                } else {
+                    code.parse::<i64>()
+                        .is_ok_and(|code| TRANSIENT_SQLITE.contains(&(code & 0xff)))
+                }
+            }),
+            _ => false,
+        };
+        if transient {
+            tracing::warn!(%error, "the database did not do what was asked");
+            Error::Busy("the database is not available, try again".to_owned())
+        } else {
+            Error::Internal(format!("database: {error}"))
+        }
+    }
+}
+
+/// Whether a statement failed because a row with its key was there already.
+fn is_duplicate(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .is_some_and(sqlx::error::DatabaseError::is_unique_violation)
+}
+
+/// The database's signed 64 bits as a size or offset.
+fn unsigned(value: i64) -> Result<u64> {
+    u64::try_from(value).map_err(|_| Error::Internal(format!("a negative size in the database: {value}")))
+}
+
+/// A size or offset as the database's signed 64 bits.
+fn signed(value: u64) -> Result<i64> {
+    i64::try_from(value).map_err(|_| Error::TooLarge("a size above 2^63 bytes".to_owned()))
+}
