@@ -1,1 +1,154 @@
-//! Papers.
+//! Who may do what: runtime tokens, minting and signed links.
+//!
+//! Built by `app`, called by `api` and `service` (links) and by `cli` (minting).
+//! Knows no HTTP framework, no SQL and no storage. Keeps no state beyond its keys: what one replica signs,
+//! every other one with the same root secret verifies. Never prints a secret, a token or a signature.
+
+mod issuers;
+mod keys;
+mod links;
+mod mint;
+mod secret;
+mod tokens;
+
+use http::Uri;
+
+use crate::error;
+use crate::model::{BlobId, BlobKind, Principal};
+
+pub use issuers::{IssuerKind, IssuerSettings, MINTED_ISSUER, MINTED_MAX_LIFETIME};
+pub use links::{Link, Param, Permission};
+pub use mint::MintRequest;
+pub use secret::RootSecret;
+
+/// Everything that is needed to check papers and to write them.
+#[derive(Debug)]
+pub struct Papers {
+    issuers: issuers::Issuers,
+    ring: keys::KeyRing,
+    public_url: String,
+}
+
+impl Papers {
+    /// Reads the issuers' secret files and derives the keys.
+    ///
+    /// # Errors
+    /// One sentence for whoever configured it, saying what to change. It never quotes a secret.
+    pub fn new(issuers: &[IssuerSettings], root_secret: &RootSecret, public_url: &str) -> Result<Self, String> {
+        let ring = keys::KeyRing::new(root_secret)?;
+        let issuers = issuers::Issuers::new(issuers, &ring)?;
+        Ok(Self {
+            issuers,
+            ring,
+            public_url: parse_public_url(public_url)?,
+        })
+    }
+
+    /// The origin that clients reach this server by, without a slash at its end.
+    pub fn public_url(&self) -> &str {
+        &self.public_url
+    }
+
+    /// Checks a runtime token, the text behind `Bearer `, and says who is calling.
+    ///
+    /// # Errors
+    /// [`Error::Unauthorized`](crate::error::Error::Unauthorized), whatever is wrong; its reason is for the log only.
+    pub fn verify_token(&self, bearer: &str, now_ms: i64) -> error::Result<Principal> {
+        tokens::verify(&self.issuers, bearer, now_ms)
+    }
+
+    /// Writes a runtime token that [`Papers::verify_token`] accepts, of any replica with the same root secret.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::error::Error::Invalid) if the request asks for what no token may say.
+    pub fn mint(&self, request: &MintRequest, now_ms: i64) -> error::Result<String> {
+        mint::mint(&self.ring, request, now_ms)
+    }
+
+    /// Writes a link to one blob for one purpose. `expires_at_s`: Unix seconds from which on it is refused.
+    pub fn sign_link(&self, kind: BlobKind, permission: Permission, blob: BlobId, expires_at_s: i64) -> String {
+        links::sign(&self.ring, &self.public_url, kind, permission, blob, expires_at_s)
+    }
+
+    /// Checks a link's signature and then its expiry. All three texts are taken as they stand in the request line,
+    /// not percent-decoded: `/blob/<kind_segment>/<uuid_segment>?<query>`.
+    ///
+    /// # Errors
+    /// [`Error::Forbidden`](crate::error::Error::Forbidden), whatever is wrong.
+    pub fn verify_link(&self, kind_segment: &str, uuid_segment: &str, query: &str, now_ms: i64) -> error::Result<Link> {
+        links::verify(&self.ring, kind_segment, uuid_segment, query, now_ms)
+    }
+}
+
+/// Checks that `text` is an absolute http(s) origin and strips the slash at its end.
+///
+/// # Errors
+/// One sentence for whoever configured it.
+pub fn parse_public_url(text: &str) -> Result<String, String> {
+    let refuse = |why: &str| format!("the public URL must be an origin such as https://artifacts.example.com: {why}");
+    // `Uri` drops a fragment without a word.
+    if text.contains('#') {
+        return Err(refuse("it has a fragment"));
+    }
+    let uri: Uri = text.parse().map_err(|_| refuse("it is not a URL"))?;
+    let (Some(scheme @ ("http" | "https")), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+        return Err(refuse("it does not begin with http:// or https://"));
+    };
+    if authority.as_str().contains('@') {
+        return Err(refuse("it has a user name in it"));
+    }
+    if authority.host().is_empty() || (authority.as_str() != authority.host() && authority.port_u16().is_none()) {
+        return Err(refuse("its host or port can't be read"));
+    }
+    if uri.path() != "/" || uri.query().is_some() {
+        return Err(refuse("it has a path or a query"));
+    }
+    Ok(format!("{scheme}://{authority}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_public_url_is_an_origin() {
+        for (text, origin) in [
+            ("http://127.0.0.1:8080", "http://127.0.0.1:8080"),
+            ("https://artifacts.example.com/", "https://artifacts.example.com"),
+            ("http://[::1]:8080/", "http://[::1]:8080"),
+            ("http://[::1]", "http://[::1]"),
+        ] {
+            assert_eq!(parse_public_url(text).as_deref(), Ok(origin));
+        }
+        for text in [
+            "",
+            "/",
+            "artifacts.example.com",
+            "artifacts.example.com:80",
+            "ftp://artifacts.example.com",
+            "https:artifacts.example.com",
+            "https://",
+            "https://:443",
+            "https://host:",
+            "https://host:99999",
+            "https://host:port",
+            "https://user@host",
+            "https://user:pass@host",
+            "https://host/path",
+            "https://host//",
+            "https://host/?",
+            "https://host?query",
+            "https://host/#",
+            "https://host#fragment",
+            "https://ho st",
+            " https://host",
+            "https://host\n",
+            "https://host\\evil",
+            "https://ho%20st",
+            "https://höst",
+        ] {
+            let error = parse_public_url(text).expect_err(text);
+            assert!(error.starts_with("the public URL must be an origin"), "{error}");
+        }
+    }
+}

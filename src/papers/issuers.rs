@@ -1,0 +1,407 @@
+//! The issuer table: whose tokens count, by which keys, and on which terms.
+//!
+//! Built by `Papers::new` from the configuration, asked by `tokens` for the one issuer that a token names.
+//! Reads secret files when it is built and never again; never verifies anything itself.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use jsonwebtoken::{Algorithm, DecodingKey};
+use secrecy::ExposeSecret;
+use serde::{Deserialize, Deserializer, de};
+
+use super::keys::KeyRing;
+use super::{secret, tokens};
+
+/// Name and `iss` of the tokens that this server mints itself.
+pub const MINTED_ISSUER: &str = "wharfinger";
+
+/// No minted token lives longer.
+pub const MINTED_MAX_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How an issuer signs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IssuerKind {
+    /// HMAC-SHA256 with a secret that this server knows too: Gitea, Forgejo, act-style runners.
+    Hs256,
+}
+
+/// One `[[issuers]]` entry of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IssuerSettings {
+    /// Stands in the tenant key of everything its runs store: lower-case letters, digits, `_`, `-`, `.`.
+    pub name: String,
+    pub kind: IssuerKind,
+    /// The exact `iss` of its tokens.
+    pub iss: Option<String>,
+    /// Whether tokens without an `iss` are this issuer's.
+    #[serde(default)]
+    pub default: bool,
+    /// The HMAC key, byte for byte, without one newline at its end.
+    pub secret_file: PathBuf,
+    /// A second key that verifies, so that the issuer can change its own without a gap.
+    pub previous_secret_file: Option<PathBuf>,
+    /// The exact `aud` that its tokens must have.
+    pub audience: Option<String>,
+    /// `owner/name` for tokens that name no repository.
+    pub repository: Option<String>,
+    /// Longer-lived tokens are refused, such as `24h`.
+    #[serde(default = "default_max_lifetime", deserialize_with = "duration")]
+    pub max_lifetime: Duration,
+    /// Whether a cache scope that may be written may be read too: Gitea's `ac` says only "write".
+    #[serde(default)]
+    pub write_implies_read: bool,
+}
+
+fn default_max_lifetime() -> Duration {
+    Duration::from_secs(24 * 60 * 60)
+}
+
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    humantime::parse_duration(&String::deserialize(deserializer)?).map_err(de::Error::custom)
+}
+
+/// One issuer, ready to verify.
+#[derive(Debug)]
+pub(super) struct Issuer {
+    pub name: String,
+    iss: Option<String>,
+    default: bool,
+    pub algorithm: Algorithm,
+    pub keys: Vec<VerifyingKey>,
+    pub audience: Option<String>,
+    pub repository: Option<String>,
+    pub max_lifetime_ms: i64,
+    pub write_implies_read: bool,
+}
+
+/// A key of one issuer. A token's `kid` must equal the id; without a `kid`, keys without an id are tried.
+#[derive(Debug)]
+pub(super) struct VerifyingKey {
+    pub id: Option<String>,
+    pub key: DecodingKey,
+}
+
+impl Issuer {
+    fn minted(ring: &KeyRing) -> Result<Self, String> {
+        Ok(Self {
+            name: MINTED_ISSUER.to_owned(),
+            iss: Some(MINTED_ISSUER.to_owned()),
+            default: false,
+            algorithm: Algorithm::HS256,
+            keys: ring
+                .all()
+                .map(|key| VerifyingKey {
+                    id: Some(key.id.clone()),
+                    key: key.minted.clone(),
+                })
+                .collect(),
+            audience: None,
+            repository: None,
+            max_lifetime_ms: lifetime_ms(MINTED_MAX_LIFETIME)?,
+            write_implies_read: false,
+        })
+    }
+
+    fn configured(settings: &IssuerSettings) -> Result<Self, String> {
+        let IssuerSettings {
+            name,
+            iss,
+            default,
+            audience,
+            repository,
+            ..
+        } = settings;
+        let is_name_byte = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-.".contains(&byte);
+        if name.is_empty() || name.len() > 64 || !name.bytes().all(is_name_byte) {
+            return Err("its name must be 1 to 64 lower-case letters, digits, `_`, `-` or `.`".into());
+        }
+        if iss.is_none() && !default {
+            return Err("no token would ever be its own: set `iss`, or `default = true`".into());
+        }
+        if [iss, audience].into_iter().flatten().any(String::is_empty) {
+            return Err("`iss` and `audience` must not be empty: leave them out".into());
+        }
+        if repository
+            .as_deref()
+            .is_some_and(|repository| !tokens::is_repository(repository))
+        {
+            return Err("its `repository` must be `owner/name`".into());
+        }
+        let secrets = [Some(&settings.secret_file), settings.previous_secret_file.as_ref()];
+        let keys = secrets.into_iter().flatten().map(|path| {
+            let key = DecodingKey::from_secret(secret::read(path)?.expose_secret());
+            Ok(VerifyingKey { id: None, key })
+        });
+        Ok(Self {
+            name: name.clone(),
+            iss: iss.clone(),
+            default: *default,
+            algorithm: match settings.kind {
+                IssuerKind::Hs256 => Algorithm::HS256,
+            },
+            keys: keys.collect::<Result<_, String>>()?,
+            audience: audience.clone(),
+            repository: repository.clone(),
+            max_lifetime_ms: lifetime_ms(settings.max_lifetime)?,
+            write_implies_read: settings.write_implies_read,
+        })
+    }
+}
+
+/// No token's dates span more than a century anyway.
+fn lifetime_ms(lifetime: Duration) -> Result<i64, String> {
+    const CENTURY: Duration = Duration::from_secs(100 * 366 * 24 * 60 * 60);
+    if lifetime.is_zero() || lifetime > CENTURY {
+        return Err("its `max_lifetime` must be more than 0s and at most a century".into());
+    }
+    i64::try_from(lifetime.as_millis()).map_err(|error| error.to_string())
+}
+
+/// All issuers: the configured ones and this server itself.
+#[derive(Debug)]
+pub(super) struct Issuers(Vec<Issuer>);
+
+impl Issuers {
+    pub fn new(settings: &[IssuerSettings], ring: &KeyRing) -> Result<Self, String> {
+        let mut table = vec![Issuer::minted(ring)?];
+        for settings in settings {
+            let explain = |why: String| format!("issuer `{}`: {why}", settings.name);
+            let issuer = Issuer::configured(settings).map_err(explain)?;
+            if issuer.name == MINTED_ISSUER || issuer.iss.as_deref() == Some(MINTED_ISSUER) {
+                return Err(explain(format!(
+                    "the name and the iss `{MINTED_ISSUER}` belong to this server's own tokens"
+                )));
+            }
+            for other in &table {
+                if issuer.name == other.name {
+                    return Err(explain("another issuer has the same name".into()));
+                }
+                if issuer.iss.is_some() && issuer.iss == other.iss {
+                    return Err(explain(format!("issuer `{}` has the same `iss`", other.name)));
+                }
+                if issuer.default && other.default {
+                    return Err(explain(format!("issuer `{}` has `default = true` already", other.name)));
+                }
+            }
+            table.push(issuer);
+        }
+        Ok(Self(table))
+    }
+
+    /// The one issuer whose keys may verify a token with this `iss`.
+    pub fn find(&self, iss: Option<&str>) -> Option<&Issuer> {
+        self.0.iter().find(|issuer| match iss {
+            Some(iss) => issuer.iss.as_deref() == Some(iss),
+            None => issuer.default,
+        })
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::path::Path;
+
+    use super::super::secret::tests::{root, write};
+    use super::*;
+
+    /// What each issuer named in a test signs with.
+    pub fn secret_of(name: &str) -> String {
+        format!("{name}'s own secret: 3q2+7wkY1xT5mZ0rVb8sQe")
+    }
+
+    pub fn settings(directory: &Path, name: &str) -> IssuerSettings {
+        IssuerSettings {
+            name: name.to_owned(),
+            kind: IssuerKind::Hs256,
+            iss: Some(format!("https://{name}.example")),
+            default: false,
+            secret_file: write(directory, &format!("{name}.secret"), secret_of(name).as_bytes()),
+            previous_secret_file: None,
+            audience: None,
+            repository: None,
+            max_lifetime: default_max_lifetime(),
+            write_implies_read: false,
+        }
+    }
+
+    fn table(settings: &[IssuerSettings]) -> Result<Issuers, String> {
+        Issuers::new(settings, &KeyRing::new(&root()).unwrap())
+    }
+
+    #[test]
+    fn issuers_are_found_by_exact_iss() {
+        let directory = tempfile::tempdir().unwrap();
+        let gitea = IssuerSettings {
+            iss: None,
+            default: true,
+            ..settings(directory.path(), "gitea")
+        };
+        let issuers = table(&[settings(directory.path(), "forge"), gitea]).unwrap();
+        let name = |iss| issuers.find(iss).map(|issuer| issuer.name.as_str());
+        assert_eq!(name(Some("https://forge.example")), Some("forge"));
+        assert_eq!(name(Some("wharfinger")), Some("wharfinger"));
+        assert_eq!(name(None), Some("gitea"));
+        for iss in [
+            "",
+            "https://forge.example/",
+            "HTTPS://forge.example",
+            "forge",
+            "Wharfinger",
+            "gitea",
+        ] {
+            assert_eq!(name(Some(iss)), None, "{iss}");
+        }
+        assert!(table(&[]).unwrap().find(None).is_none());
+    }
+
+    #[test]
+    fn nonsense_refuses_to_start() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name| settings(directory.path(), name);
+        let weak = write(directory.path(), "weak", b"BADBEEF0");
+        let cases = [
+            (vec![at("a"), at("a")], "same name"),
+            (
+                vec![
+                    at("a"),
+                    IssuerSettings {
+                        iss: at("a").iss,
+                        ..at("b")
+                    },
+                ],
+                "same `iss`",
+            ),
+            (
+                vec![
+                    IssuerSettings {
+                        default: true,
+                        ..at("a")
+                    },
+                    IssuerSettings {
+                        default: true,
+                        ..at("b")
+                    },
+                ],
+                "default = true` already",
+            ),
+            (vec![at("wharfinger")], "own tokens"),
+            (
+                vec![IssuerSettings {
+                    iss: Some("wharfinger".into()),
+                    ..at("a")
+                }],
+                "own tokens",
+            ),
+            (vec![IssuerSettings { iss: None, ..at("a") }], "set `iss`"),
+            (
+                vec![IssuerSettings {
+                    iss: Some(String::new()),
+                    ..at("a")
+                }],
+                "must not be empty",
+            ),
+            (
+                vec![IssuerSettings {
+                    audience: Some(String::new()),
+                    ..at("a")
+                }],
+                "must not be empty",
+            ),
+            (
+                vec![IssuerSettings {
+                    name: "A".into(),
+                    ..at("a")
+                }],
+                "lower-case",
+            ),
+            (
+                vec![IssuerSettings {
+                    name: String::new(),
+                    ..at("a")
+                }],
+                "lower-case",
+            ),
+            (
+                vec![IssuerSettings {
+                    repository: Some("demo".into()),
+                    ..at("a")
+                }],
+                "owner/name",
+            ),
+            (
+                vec![IssuerSettings {
+                    max_lifetime: Duration::ZERO,
+                    ..at("a")
+                }],
+                "max_lifetime",
+            ),
+            (
+                vec![IssuerSettings {
+                    max_lifetime: Duration::MAX,
+                    ..at("a")
+                }],
+                "max_lifetime",
+            ),
+            (
+                vec![IssuerSettings {
+                    secret_file: "/no/such/file".into(),
+                    ..at("a")
+                }],
+                "can't read",
+            ),
+            (
+                vec![IssuerSettings {
+                    secret_file: weak.clone(),
+                    ..at("a")
+                }],
+                "shorter than 32 bytes",
+            ),
+            (
+                vec![IssuerSettings {
+                    previous_secret_file: Some(weak),
+                    ..at("a")
+                }],
+                "shorter than 32 bytes",
+            ),
+        ];
+        for (settings, why) in cases {
+            let error = table(&settings).expect_err(why);
+            assert!(error.starts_with("issuer `") && error.contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn settings_read_as_documented() {
+        let text = "name = 'gitea'\nkind = 'hs256'\nsecret_file = '/s'\ndefault = true\nmax_lifetime = '4h 30m'";
+        let settings: IssuerSettings = toml::from_str(text).unwrap();
+        assert_eq!(settings.max_lifetime, Duration::from_secs(16_200));
+        assert_eq!(
+            (settings.iss, settings.default, settings.write_implies_read),
+            (None, true, false)
+        );
+        for text in [
+            "kind = 'rs256'",
+            "surprise = 1",
+            "max_lifetime = 'long'",
+            "max_lifetime = 86400",
+        ] {
+            let text = format!("name = 'a'\nsecret_file = '/s'\n{text}");
+            let text = if text.contains("kind") {
+                text
+            } else {
+                format!("{text}\nkind = 'hs256'")
+            };
+            assert!(toml::from_str::<IssuerSettings>(&text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn debug_shows_no_secret() {
+        let directory = tempfile::tempdir().unwrap();
+        let text = format!("{:?}", table(&[settings(directory.path(), "forge")]).unwrap());
+        assert!(!text.contains("3q2") && !text.contains("102, 111"), "{text}");
+    }
+}
