@@ -3,9 +3,12 @@
 //! Imports go down only: `main` → `cli` → `app` → `api` → `service` → {`db`, `storage`, `papers`} → `model`, `error`.
 //! `ARCHITECTURE.md` explains the floors; `tests/it/layers.rs` fails when one reaches up.
 
+pub mod api;
+pub mod app;
 pub mod clock;
 pub mod db;
 pub mod error;
 pub mod model;
 pub mod papers;
+pub mod service;
 pub mod storage;

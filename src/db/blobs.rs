@@ -84,6 +84,21 @@ pub struct Verification {
     pub expected: Option<Sha256>,
 }
 
+impl WritableBlob {
+    /// Why a blob in this state takes no bytes.
+    pub fn refusal(self) -> Error {
+        Error::Conflict(match self {
+            Self::Superseded => "a newer upload of this artifact replaced this one".to_owned(),
+            Self::Open | Self::Sealed => "the artifact is finalized and its content is final".to_owned(),
+        })
+    }
+
+    /// What a holder of a write link hears when its blob is gone.
+    pub fn missing() -> Error {
+        Error::NotFound("the upload does not exist or was deleted".to_owned())
+    }
+}
+
 type BlockRow = (String, String, i64, i64, i64, Option<i64>);
 
 fn staged_block((block_id, key, object_offset, size, crc64, start): BlockRow) -> Result<StagedBlock> {
@@ -234,6 +249,17 @@ impl Db {
         Ok(replaced.is_some())
     }
 
+    /// What the blob's blocks add up to, listed or not.
+    pub async fn staged_bytes(&self, blob: BlobId) -> Result<u64> {
+        let sum: i64 = on!(self, readers, |conn| {
+            sqlx::query_scalar("SELECT CAST(coalesce(sum(size_bytes), 0) AS BIGINT) FROM blocks WHERE blob_id = $1")
+                .bind(blob.0)
+                .fetch_one(conn)
+                .await?
+        });
+        unsigned(sum)
+    }
+
     /// The blocks that a list would give the blob, in its order, for the caller to make durable before
     /// [`Db::commit_block_list`].
     ///
@@ -363,13 +389,13 @@ impl Db {
                 if placed.eq(list.iter().map(|entry| &entry.block_id)) {
                     Ok(Committed::AlreadySealed)
                 } else {
-                    Err(closed(WritableBlob::Sealed))
+                    Err(WritableBlob::Sealed.refusal())
                 }
             }
-            Some(state @ WritableBlob::Superseded) => Err(closed(state)),
+            Some(state @ WritableBlob::Superseded) => Err(state.refusal()),
             // It was closed a moment ago and is open now: only a restored database does that.
             Some(WritableBlob::Open) => Ok(Committed::BlocksChanged),
-            None => Err(no_such_blob()),
+            None => Err(WritableBlob::missing()),
         }
     }
 
@@ -433,7 +459,10 @@ impl Db {
         });
         match done {
             Some(()) => Ok(()),
-            None => Err(self.writable_blob(blob).await?.map_or_else(no_such_blob, closed)),
+            None => Err(self
+                .writable_blob(blob)
+                .await?
+                .map_or_else(WritableBlob::missing, WritableBlob::refusal)),
         }
     }
 
@@ -615,15 +644,4 @@ pub(super) fn digest(bytes: Option<Vec<u8>>) -> Result<Option<Sha256>> {
                 .map_err(|_| Error::Internal("a digest that is not 32 bytes".to_owned()))
         })
         .transpose()
-}
-
-fn closed(state: WritableBlob) -> Error {
-    Error::Conflict(match state {
-        WritableBlob::Superseded => "a newer upload of this artifact replaced this one".to_owned(),
-        _ => "the artifact is finalized and its content is final".to_owned(),
-    })
-}
-
-fn no_such_blob() -> Error {
-    Error::NotFound("the upload does not exist or was deleted".to_owned())
 }

@@ -1,0 +1,29 @@
+# cargo is all it takes to build and run; `make test` installs what else the tests need.
+NODE = .tools/node/bin/node
+
+.PHONY: run check test test-long lint-containers
+
+run:
+	cargo run --release --locked
+
+check:
+	cargo fmt --check
+	cargo clippy --release --locked --all-targets -- -D warnings
+
+test:
+	tests/install.sh
+	$(MAKE) check lint-containers
+	rm -f target/clients-table.txt
+	tests/with-postgres.sh cargo test --release --locked
+	@cat target/clients-table.txt # written by the tests: client × case × backend
+	@echo '`make test-long` was not run.'
+
+# The same tests take the long way when they see this variable.
+test-long:
+	tests/install.sh
+	WHARFINGER_TEST_LONG=1 tests/with-postgres.sh cargo test --release --locked -- long::
+
+# Parsed and linted, not run.
+lint-containers:
+	$(NODE) tests/e2e/node_modules/.bin/dockerfile-utils lint Dockerfile
+	$(NODE) tests/e2e/node_modules/.bin/yaml valid < docker-compose.yml

@@ -1,0 +1,150 @@
+//! Everything that knows HTTP. This page is the whole URL map.
+//!
+//! `app` serves what [`public`] and [`internal`] return. Every route is declared with who may call it, and that
+//! declaration is what guards it; handlers call `service/` and never the database or the store.
+
+mod artifacts_v4;
+mod auth;
+mod blobs;
+mod block_list;
+mod observe;
+mod ops;
+mod range;
+mod reply;
+pub mod serve;
+mod twirp;
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::{StatusCode, Uri};
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::routing::{MethodRouter, any, get, post};
+
+pub use self::ops::Operations;
+use self::reply::{GithubError, TwirpError};
+use crate::service::Services;
+
+/// Who may call a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// A job, by its runtime token: the handler is given its `Principal`.
+    RuntimeToken,
+    /// Whoever holds a signed link: the handler is given the `Link`, whose permission fits the method.
+    SignedLink,
+    /// Anybody: the answer is the same for everybody and says nothing of what is stored.
+    Anyone,
+}
+
+/// What handlers share.
+#[derive(Clone, Debug)]
+pub struct Context {
+    pub services: Services,
+    /// How long a request's body may make no progress.
+    pub body_idle_timeout: Duration,
+}
+
+/// Routes, each with who may call it.
+pub struct UrlMap {
+    context: Context,
+    router: Router<Context>,
+    routes: Vec<(&'static str, Caller)>,
+}
+
+/// The public listener's URL map.
+pub fn public(context: Context) -> UrlMap {
+    use Caller::{Anyone, RuntimeToken, SignedLink};
+    UrlMap {
+        context,
+        router: Router::new(),
+        routes: Vec::new(),
+    }
+    // Artifacts of version 4 and later.
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.ArtifactService/CreateArtifact",
+        call(post(artifacts_v4::create)),
+    )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.ArtifactService/FinalizeArtifact",
+        call(post(artifacts_v4::finalize)),
+    )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.ArtifactService/ListArtifacts",
+        call(post(artifacts_v4::list)),
+    )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.ArtifactService/GetSignedArtifactURL",
+        call(post(artifacts_v4::signed_url)),
+    )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.ArtifactService/DeleteArtifact",
+        call(post(artifacts_v4::delete)),
+    )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.ArtifactService/MigrateArtifact",
+        call(post(artifacts_v4::migrate)),
+    )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.ArtifactService/FinalizeMigratedArtifact",
+        call(post(artifacts_v4::migrate)),
+    )
+    .route(Anyone, "/twirp/{*method}", any(bad_route))
+    // Bytes, by signed links only.
+    .route(SignedLink, "/blob/{kind}/{id}", any(blobs::handle))
+}
+
+/// The internal listener's URL map: for operators, on an address that the public does not reach.
+pub fn internal(operations: Operations) -> Router {
+    Router::new()
+        .route("/healthz", get(ops::healthz))
+        .route("/readyz", get(ops::readyz))
+        .route("/metrics", get(ops::metrics))
+        .with_state(operations)
+}
+
+impl UrlMap {
+    fn route(mut self, caller: Caller, path: &'static str, handler: MethodRouter<Context>) -> Self {
+        let context = self.context.clone();
+        let guarded = match caller {
+            Caller::RuntimeToken => handler.layer(from_fn_with_state(context, auth::runtime_token)),
+            Caller::SignedLink => handler.layer(from_fn_with_state(context, auth::signed_link)),
+            Caller::Anyone => handler,
+        };
+        self.router = self.router.route(path, guarded);
+        self.routes.push((path, caller));
+        self
+    }
+
+    /// Every route and who may call it, for the test that walks them.
+    pub fn routes(&self) -> &[(&'static str, Caller)] {
+        &self.routes
+    }
+
+    /// The service that answers requests.
+    pub fn into_router(self) -> Router {
+        self.router
+            .fallback(not_found)
+            .layer(from_fn(observe::observe))
+            .with_state(self.context)
+    }
+}
+
+/// A Twirp method: any HTTP method but POST is a bad route.
+fn call(handler: MethodRouter<Context>) -> MethodRouter<Context> {
+    handler.fallback(bad_route)
+}
+
+async fn bad_route(uri: Uri) -> TwirpError {
+    TwirpError::bad_route(format!("no such method: {}", uri.path()))
+}
+
+async fn not_found() -> GithubError {
+    GithubError::new(StatusCode::NOT_FOUND, "Not Found")
+}

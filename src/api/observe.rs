@@ -1,0 +1,172 @@
+//! Around every request: an id, one log line, metrics, and an answer even if the handler panics.
+//!
+//! Layered over the whole public URL map by `api/mod.rs`. Never logs a query or a header that carries a secret.
+
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use axum::body::{Body, HttpBody};
+use axum::extract::{MatchedPath, Request};
+use axum::http::header::USER_AGENT;
+use axum::http::{HeaderValue, Method};
+use axum::middleware::Next;
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::FutureExt;
+use http_body::{Frame, SizeHint};
+use uuid::Uuid;
+
+use super::reply;
+
+/// How much of a client's name goes into the log.
+const MAX_USER_AGENT_CHARS: usize = 128;
+
+pub async fn observe(request: Request, next: Next) -> Response {
+    let mut exchange = Exchange::begin(&request);
+    let received = Arc::clone(&exchange.received);
+    let request = request.map(|body| {
+        Body::new(Counted {
+            body,
+            counted: received,
+            exchange: None,
+        })
+    });
+    let path = exchange.path.clone();
+    let id = exchange.id;
+    let mut response = AssertUnwindSafe(next.run(request))
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|_| reply::panicked(&path));
+    exchange.status = response.status().as_u16();
+    if let Ok(id) = HeaderValue::try_from(id.hyphenated().to_string()) {
+        response.headers_mut().insert("x-ms-request-id", id);
+    }
+    // The exchange ends, and is logged, when the reply's last byte is gone or the reply is dropped.
+    let sent = Arc::clone(&exchange.sent);
+    response.map(|body| {
+        Body::new(Counted {
+            body,
+            counted: sent,
+            exchange: Some(exchange),
+        })
+    })
+}
+
+/// What the log line and the metrics say of one request and its reply.
+struct Exchange {
+    id: Uuid,
+    method: Method,
+    /// The route's pattern, for metrics: a path would make a new time series of every link.
+    route: String,
+    path: String,
+    user_agent: String,
+    begun: Instant,
+    status: u16,
+    received: Arc<AtomicU64>,
+    sent: Arc<AtomicU64>,
+    complete: bool,
+}
+
+impl Exchange {
+    fn begin(request: &Request) -> Self {
+        let route = request
+            .extensions()
+            .get::<MatchedPath>()
+            .map_or("none", MatchedPath::as_str)
+            .to_owned();
+        let user_agent = request
+            .headers()
+            .get(USER_AGENT)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default();
+        if request.method() == Method::PUT {
+            metrics::gauge!("wharfinger_uploads_in_flight").increment(1);
+        }
+        metrics::gauge!("wharfinger_http_requests_in_flight", "route" => route.clone()).increment(1);
+        Self {
+            id: Uuid::new_v4(),
+            method: request.method().clone(),
+            route,
+            path: request.uri().path().to_owned(),
+            user_agent: user_agent.chars().take(MAX_USER_AGENT_CHARS).collect(),
+            begun: Instant::now(),
+            // What stays if the client goes away before there is an answer (nginx's custom).
+            status: 499,
+            received: Arc::default(),
+            sent: Arc::default(),
+            complete: false,
+        }
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        let (received, sent) = (self.received.load(Ordering::Relaxed), self.sent.load(Ordering::Relaxed));
+        let duration = self.begun.elapsed();
+        let route = || self.route.clone();
+        let status = self.status.to_string();
+        if self.method == Method::PUT {
+            metrics::gauge!("wharfinger_uploads_in_flight").decrement(1);
+        }
+        metrics::gauge!("wharfinger_http_requests_in_flight", "route" => route()).decrement(1);
+        metrics::counter!("wharfinger_http_requests_total", "route" => route(), "status" => status).increment(1);
+        metrics::histogram!("wharfinger_http_request_duration_seconds", "route" => route()).record(duration);
+        metrics::counter!("wharfinger_http_received_bytes_total", "route" => route()).increment(received);
+        metrics::counter!("wharfinger_http_sent_bytes_total", "route" => route()).increment(sent);
+        tracing::info!(
+            request_id = %self.id,
+            method = %self.method,
+            path = %self.path.escape_default(),
+            status = self.status,
+            duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
+            received_bytes = received,
+            sent_bytes = sent,
+            complete = self.complete,
+            user_agent = %self.user_agent.escape_default(),
+            "request"
+        );
+    }
+}
+
+/// A body that counts its bytes; a reply's also carries the exchange to its end.
+struct Counted {
+    body: Body,
+    counted: Arc<AtomicU64>,
+    exchange: Option<Exchange>,
+}
+
+impl HttpBody for Counted {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let poll = Pin::new(&mut self.body).poll_frame(cx);
+        match &poll {
+            Poll::Ready(Some(Ok(frame))) => {
+                let bytes = frame.data_ref().map_or(0, Bytes::len) as u64;
+                self.counted.fetch_add(bytes, Ordering::Relaxed);
+            }
+            Poll::Ready(Some(Err(error))) if self.exchange.is_some() => {
+                tracing::warn!(%error, "a reply was cut");
+            }
+            _ => {}
+        }
+        let ended = matches!(poll, Poll::Ready(None)) || self.body.is_end_stream();
+        if ended && let Some(exchange) = &mut self.exchange {
+            exchange.complete = true;
+        }
+        poll
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

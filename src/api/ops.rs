@@ -1,0 +1,90 @@
+//! Health, readiness and metrics, on the internal listener.
+//!
+//! Served by `app` on an address that only operators and orchestrators reach. Health never asks the database, so
+//! that an outage of it does not restart every replica.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde_json::{Value, json};
+
+use crate::error::Result;
+use crate::service::Services;
+use crate::service::cleaner::MAX_CLOCK_SKEW_MS;
+
+/// A part that does not answer within this is not ready.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the internal listener answers from.
+#[derive(Clone)]
+pub struct Operations {
+    pub services: Services,
+    /// Set once the server is told to stop: it still serves, but wants no new traffic.
+    pub draining: Arc<AtomicBool>,
+    /// Absent where a test runs several servers in one process.
+    pub metrics: Option<PrometheusHandle>,
+}
+
+pub async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+pub async fn readyz(State(operations): State<Operations>) -> (StatusCode, Json<Value>) {
+    let services = &operations.services;
+    let (database, store, skew) = tokio::join!(
+        answer(services.db.ping()),
+        answer(services.store.check()),
+        answer(services.db.clock_skew_ms())
+    );
+    let mut reasons = Vec::new();
+    if operations.draining.load(Ordering::Relaxed) {
+        reasons.push("the server is stopping".to_owned());
+    }
+    reasons.extend(database.err().map(|error| format!("database: {error}")));
+    reasons.extend(store.err().map(|error| format!("store: {error}")));
+    if let Ok(skew_ms) = skew
+        && skew_ms.abs() > MAX_CLOCK_SKEW_MS
+    {
+        reasons.push(format!("the clock is {skew_ms} ms off the database's"));
+    }
+    let status = if reasons.is_empty() {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    (status, Json(json!({ "ready": reasons.is_empty(), "reasons": reasons })))
+}
+
+async fn answer<T>(asking: impl Future<Output = Result<T>>) -> std::result::Result<T, String> {
+    match tokio::time::timeout(PATIENCE, asking).await {
+        Ok(answer) => answer.map_err(|error| error.to_string()),
+        Err(_) => Err("no answer".to_owned()),
+    }
+}
+
+pub async fn metrics(State(operations): State<Operations>) -> (StatusCode, String) {
+    let Some(handle) = &operations.metrics else {
+        return (StatusCode::NOT_FOUND, "metrics are off\n".to_owned());
+    };
+    let db = &operations.services.db;
+    match tokio::try_join!(db.blob_counts(), db.pending_verifications()) {
+        Ok((blobs, pending)) => {
+            for state in ["staging", "committed", "sealed", "deleting"] {
+                let count = blobs
+                    .iter()
+                    .find(|(name, _)| name == state)
+                    .map_or(0, |(_, count)| *count);
+                metrics::gauge!("wharfinger_blobs", "state" => state).set(count as f64);
+            }
+            metrics::gauge!("wharfinger_verification_pending").set(pending as f64);
+        }
+        // The other figures are still true, and this is when they are looked at.
+        Err(error) => tracing::warn!(%error, "metrics without the database's figures"),
+    }
+    (StatusCode::OK, handle.render())
+}

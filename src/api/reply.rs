@@ -1,0 +1,227 @@
+//! `Error` in the dialect of whoever asked: Twirp JSON, Azure XML or GitHub JSON.
+//!
+//! Handlers return one of the three types and thereby name their dialect. Internal errors are logged here, once,
+//! and hidden from the client.
+
+use axum::http::header::{CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+use crate::error::Error;
+
+/// How long a client is asked to wait before it tries again, in seconds.
+const RETRY_AFTER_S: &str = "2";
+const INTERNAL: &str = "an internal error occurred; the server's log has more";
+
+/// A failure as `{"code", "msg"}`. Source: the Twirp wire protocol, version 7.
+///
+/// The JavaScript clients parse every body as JSON and retry what they can't parse, so nothing else ever goes out.
+#[derive(Debug)]
+pub struct TwirpError {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+}
+
+impl TwirpError {
+    pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            code,
+            message: message.into(),
+        }
+    }
+
+    /// What Twirp answers for a path, method or content type that it does not serve.
+    pub fn bad_route(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "bad_route", message)
+    }
+
+    pub fn malformed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "malformed", message)
+    }
+}
+
+impl From<Error> for TwirpError {
+    fn from(error: Error) -> Self {
+        let (status, code) = match &error {
+            Error::NotFound(_) | Error::Gone(_) => (StatusCode::NOT_FOUND, "not_found"),
+            Error::AlreadyExists(_) => (StatusCode::CONFLICT, "already_exists"),
+            Error::Conflict(_) => (StatusCode::CONFLICT, "aborted"),
+            Error::Malformed(_) => (StatusCode::BAD_REQUEST, "malformed"),
+            Error::Invalid(_) | Error::UnknownBlock(_) | Error::ChecksumMismatch(_) => {
+                (StatusCode::BAD_REQUEST, "invalid_argument")
+            }
+            Error::RangeNotSatisfiable { .. } => (StatusCode::BAD_REQUEST, "out_of_range"),
+            Error::FailedPrecondition(_) => (StatusCode::PRECONDITION_FAILED, "failed_precondition"),
+            Error::Unsupported(_) => (StatusCode::NOT_IMPLEMENTED, "unimplemented"),
+            Error::Unauthorized(_) => (StatusCode::UNAUTHORIZED, "unauthenticated"),
+            Error::Forbidden(_) => (StatusCode::FORBIDDEN, "permission_denied"),
+            Error::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "malformed"),
+            // Twirp's 429 would make the clients try again; a full quota is final.
+            Error::QuotaExceeded(_) => (StatusCode::FORBIDDEN, "resource_exhausted"),
+            Error::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+            Error::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
+        };
+        Self::new(status, code, text_for_client(error))
+    }
+}
+
+impl IntoResponse for TwirpError {
+    fn into_response(self) -> Response {
+        let body = json!({ "code": self.code, "msg": self.message }).to_string();
+        let mut response = (self.status, [(CONTENT_TYPE, "application/json")], body).into_response();
+        hint(&mut response);
+        response
+    }
+}
+
+/// A failure as `<Error><Code/><Message/></Error>` and `x-ms-error-code`.
+/// Source: "Status and error codes" of Azure's Blob service REST API.
+#[derive(Debug)]
+pub struct AzureError {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+    /// For 416: what `Content-Range` says.
+    size_bytes: Option<u64>,
+}
+
+impl AzureError {
+    pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            code,
+            message: message.into(),
+            size_bytes: None,
+        }
+    }
+
+    pub fn bad_request(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, code, message)
+    }
+}
+
+impl From<Error> for AzureError {
+    fn from(error: Error) -> Self {
+        let (status, code) = match &error {
+            Error::NotFound(_) => (StatusCode::NOT_FOUND, "BlobNotFound"),
+            Error::Gone(_) => (StatusCode::GONE, "BlobNotFound"),
+            Error::AlreadyExists(_) | Error::Conflict(_) => (StatusCode::CONFLICT, "BlobImmutableDueToPolicy"),
+            Error::Malformed(_) | Error::Invalid(_) => (StatusCode::BAD_REQUEST, "InvalidInput"),
+            Error::UnknownBlock(_) => (StatusCode::BAD_REQUEST, "InvalidBlockList"),
+            Error::ChecksumMismatch(_) => (StatusCode::BAD_REQUEST, "Md5Mismatch"),
+            Error::RangeNotSatisfiable { .. } => (StatusCode::RANGE_NOT_SATISFIABLE, "InvalidRange"),
+            Error::FailedPrecondition(_) => (StatusCode::PRECONDITION_FAILED, "ConditionNotMet"),
+            Error::Unsupported(_) => (StatusCode::BAD_REQUEST, "UnsupportedHeader"),
+            Error::Unauthorized(_) | Error::Forbidden(_) => (StatusCode::FORBIDDEN, "AuthenticationFailed"),
+            Error::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "RequestBodyTooLarge"),
+            Error::QuotaExceeded(_) => (StatusCode::FORBIDDEN, "InsufficientAccountPermissions"),
+            Error::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "ServerBusy"),
+            Error::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
+        };
+        let size_bytes = match error {
+            Error::RangeNotSatisfiable { size_bytes } => Some(size_bytes),
+            _ => None,
+        };
+        Self {
+            status,
+            code,
+            message: text_for_client(error),
+            size_bytes,
+        }
+    }
+}
+
+impl IntoResponse for AzureError {
+    fn into_response(self) -> Response {
+        let body = format!(
+            "<?xml version=\"1.0\" encoding=\"utf-8\"?><Error><Code>{}</Code><Message>{}</Message></Error>",
+            self.code,
+            quick_xml::escape::escape(&self.message),
+        );
+        let mut response = (
+            self.status,
+            [
+                (CONTENT_TYPE.as_str(), "application/xml"),
+                ("x-ms-error-code", self.code),
+            ],
+            body,
+        )
+            .into_response();
+        if let Some(range) = self
+            .size_bytes
+            .and_then(|size| HeaderValue::try_from(format!("bytes */{size}")).ok())
+        {
+            response.headers_mut().insert(CONTENT_RANGE, range);
+        }
+        hint(&mut response);
+        response
+    }
+}
+
+/// A failure as `{"message"}`. Source: GitHub's REST API.
+#[derive(Debug)]
+pub struct GithubError {
+    status: StatusCode,
+    message: String,
+}
+
+impl GithubError {
+    pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            message: message.into(),
+        }
+    }
+}
+
+impl IntoResponse for GithubError {
+    fn into_response(self) -> Response {
+        let body = json!({ "message": self.message }).to_string();
+        (self.status, [(CONTENT_TYPE, "application/json")], body).into_response()
+    }
+}
+
+/// The answer to a handler that panicked, in the dialect of the path.
+pub fn panicked(path: &str) -> Response {
+    let error = Error::Internal(format!("a handler panicked at {path}"));
+    if path.starts_with("/blob/") {
+        AzureError::from(error).into_response()
+    } else {
+        TwirpError::from(error).into_response()
+    }
+}
+
+/// Logs what only the log may see and returns what the client may.
+fn text_for_client(error: Error) -> String {
+    match error {
+        Error::Internal(cause) => {
+            tracing::error!(%cause, "internal error");
+            INTERNAL.to_owned()
+        }
+        Error::Unauthorized(reason) => {
+            tracing::info!(%reason, "refused a token");
+            "the request has no valid token".to_owned()
+        }
+        other => other.to_string(),
+    }
+}
+
+/// Headers that go with a status in every dialect.
+fn hint(response: &mut Response) {
+    match response.status() {
+        StatusCode::UNAUTHORIZED => {
+            response
+                .headers_mut()
+                .insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        StatusCode::SERVICE_UNAVAILABLE => {
+            response
+                .headers_mut()
+                .insert(RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_S));
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,268 @@
+//! Puts the floors together: opens what the configuration names, starts the server and its background work, stops both.
+//!
+//! Called by `cli/` and by tests. The only place besides `main` and `cli` that sees `Config`; holds no rule of its own.
+
+mod identity;
+mod local;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use listenfd::ListenFd;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::{self, Context, Operations};
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::db::Db;
+use crate::service::{Services, Settings};
+use crate::storage::BlockStore;
+
+pub use self::local::{papers, prepare_data_dir};
+
+/// Upper bounds of the request duration histogram, in seconds: from a list of names to an hour's upload.
+const DURATION_BUCKETS: [f64; 12] = [0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0, 3600.0];
+/// How often the metrics recorder folds what it has gathered.
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+
+/// A running server.
+pub struct App {
+    pub services: Services,
+    pub public: SocketAddr,
+    pub internal: SocketAddr,
+    draining: Arc<AtomicBool>,
+    stop: CancellationToken,
+    servers: JoinSet<()>,
+    background: JoinSet<()>,
+    /// Held as long as this process serves from the embedded database.
+    _lock: Option<local::Lock>,
+}
+
+/// Opens everything that the configuration names, with the schema up to date, and checks that it belongs together.
+///
+/// # Errors
+/// One sentence that says what to do.
+pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
+    prepare_data_dir(&config.data_dir)?;
+    let root_secret = local::root_secret(config)?;
+    let papers = papers(config)?;
+    let db = connect(config).await?;
+    let store = BlockStore::open(&config.storage, &config.data_dir, config.ca_file.as_deref())
+        .await
+        .map_err(|error| anyhow!(error))?;
+    identity::check(&db, &store, &root_secret).await?;
+    let settings = Settings {
+        uploads: config.uploads.clone(),
+        artifacts: config.artifacts.clone(),
+        verification: config.verification.clone(),
+        cleaner: config.cleaner.clone(),
+    };
+    Ok(Services::new(db, store, papers, clock, settings))
+}
+
+/// Connects to the database and brings its schema up to date.
+async fn connect(config: &Config) -> anyhow::Result<Db> {
+    let db = Db::connect(&config.database, &config.data_dir, config.ca_file.as_deref())
+        .await
+        .map_err(|error| anyhow!(error))?;
+    // Postgres has a lock of its own for this.
+    let _lock = match db {
+        Db::Sqlite(_) => Some(local::Lock::wait(&config.data_dir, "migrate.lock").await?),
+        Db::Postgres(_) => None,
+    };
+    db.migrate().await.map_err(|error| anyhow!(error))?;
+    Ok(db)
+}
+
+impl App {
+    /// Starts serving. `metrics` is what `/metrics` shows.
+    ///
+    /// # Errors
+    /// One sentence that says what to do.
+    pub async fn start(config: &Config, clock: Clock, metrics: Option<PrometheusHandle>) -> anyhow::Result<Self> {
+        let mut config = config.clone();
+        prepare_data_dir(&config.data_dir)?;
+        let lock = if config.database.is_embedded() {
+            Some(local::Lock::try_take(&config.data_dir, "serve.lock")?)
+        } else {
+            None
+        };
+        let (public, internal) = listeners(&config).await?;
+        // Port 0 lets the system choose; links need to know.
+        config.listen = public.local_addr()?;
+        let services = open(&config, clock).await?;
+
+        let draining = Arc::new(AtomicBool::new(false));
+        let stop = CancellationToken::new();
+        let context = Context {
+            services: services.clone(),
+            body_idle_timeout: config.server.body_idle_timeout,
+        };
+        let operations = Operations {
+            services: services.clone(),
+            draining: Arc::clone(&draining),
+            metrics,
+        };
+        let mut app = Self {
+            public: config.listen,
+            internal: internal.local_addr()?,
+            draining,
+            stop: stop.clone(),
+            servers: JoinSet::new(),
+            background: JoinSet::new(),
+            _lock: lock,
+            services: services.clone(),
+        };
+        for (listener, router) in [
+            (public, api::public(context).into_router()),
+            (internal, api::internal(operations)),
+        ] {
+            let (settings, stop) = (config.server.clone(), stop.clone());
+            app.servers
+                .spawn(async move { api::serve::serve(listener, router, &settings, stop).await });
+        }
+        let verifier = services.clone();
+        app.background
+            .spawn(async move { verifier.verify_in_background().await });
+        app.background
+            .spawn(async move { services.clean_in_background().await });
+        app.announce(&config);
+        Ok(app)
+    }
+
+    fn announce(&self, config: &Config) {
+        let public_url = self.services.papers.public_url();
+        let database = if config.database.is_embedded() {
+            "SQLite"
+        } else {
+            "Postgres"
+        };
+        let store = if config.storage.url.is_empty() {
+            "disk"
+        } else {
+            &config.storage.url
+        };
+        tracing::info!(database, store, data_dir = %config.data_dir.display(), "metadata and bytes lie here");
+        tracing::info!(listen = %self.public, internal_listen = %self.internal, public_url, "serving; links begin with the public URL");
+        tracing::info!(
+            "try it: eval \"$(wharfinger env --repository octo/demo --run-id 1 --job-id build)\" and run a client"
+        );
+        if !self.public.ip().is_loopback() && public_url.starts_with("http://") {
+            tracing::warn!(listen = %self.public, "tokens and bytes travel unencrypted: put a proxy with TLS in front and set public_url to its https:// address");
+        }
+    }
+
+    /// From now on not ready: load balancers send new traffic elsewhere. What comes is served all the same.
+    pub fn begin_drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Accepts nothing more, lets requests under way end, and stops.
+    pub async fn stop(mut self) {
+        self.begin_drain();
+        self.stop.cancel();
+        while self.servers.join_next().await.is_some() {}
+        // Background work may be cut anywhere: what it was doing is done again by the next to come.
+        self.background.shutdown().await;
+        self.services.db.close().await;
+    }
+}
+
+/// The public and the internal listener: sockets handed over by systemd, in this order, or bound here.
+async fn listeners(config: &Config) -> anyhow::Result<(TcpListener, TcpListener)> {
+    let mut handed_over = ListenFd::from_env();
+    let mut listener = async |index, key, address: SocketAddr| {
+        if let Some(socket) = handed_over
+            .take_tcp_listener(index)
+            .with_context(|| format!("the socket handed over for {key} is unusable"))?
+        {
+            socket.set_nonblocking(true)?;
+            return anyhow::Ok(TcpListener::from_std(socket)?);
+        }
+        TcpListener::bind(address).await.with_context(|| {
+            format!("cannot listen on {address}: is another server running there? Set {key} to a free address")
+        })
+    };
+    Ok((
+        listener(0, "listen", config.listen).await?,
+        listener(1, "internal_listen", config.internal_listen).await?,
+    ))
+}
+
+/// `wharfinger serve`: until a signal says stop.
+///
+/// # Errors
+/// One sentence that says what to do.
+pub async fn serve(config: Config) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let metrics = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("duration_seconds".to_owned()), &DURATION_BUCKETS)?
+        .install_recorder()?;
+    let app = App::start(&config, Clock::System, Some(metrics.clone())).await?;
+    let upkeep = tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(METRICS_UPKEEP).await;
+            metrics.run_upkeep();
+        }
+    });
+    next_signal(&mut terminate, &mut interrupt).await;
+    let settings = &config.server;
+    tracing::info!(drain_delay = ?settings.drain_delay, drain_timeout = ?settings.drain_timeout, "stopping; a second signal stops at once");
+    app.begin_drain();
+    let outcome = tokio::select! {
+        () = async { tokio::time::sleep(settings.drain_delay).await; app.stop().await } => Ok(()),
+        () = next_signal(&mut terminate, &mut interrupt) => Err(anyhow!("stopped before requests under way had ended")),
+    };
+    upkeep.abort();
+    tracing::info!("stopped");
+    outcome
+}
+
+async fn next_signal(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+/// `wharfinger clean`: one pass of the cleaner.
+///
+/// # Errors
+/// One sentence that says what to do.
+pub async fn clean(config: Config) -> anyhow::Result<()> {
+    let services = open(&config, Clock::System).await?;
+    let report = services.clean().await?;
+    services.db.close().await;
+    match report {
+        Some(report) => {
+            tracing::info!(
+                expired_artifacts = report.expired_artifacts,
+                abandoned_uploads = report.abandoned_uploads,
+                deleted_objects = report.deleted_objects,
+                dropped_blobs = report.dropped_blobs,
+                "cleaned"
+            );
+            Ok(())
+        }
+        None => bail!("another process is cleaning, or the clocks disagree; try again later"),
+    }
+}
+
+/// `wharfinger migrate`: brings the schema up to date and ends.
+///
+/// # Errors
+/// One sentence that says what to do.
+pub async fn migrate(config: Config) -> anyhow::Result<()> {
+    prepare_data_dir(&config.data_dir)?;
+    connect(&config).await?.close().await;
+    tracing::info!("the schema is up to date");
+    Ok(())
+}

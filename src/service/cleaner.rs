@@ -1,0 +1,249 @@
+//! Taking away what nobody needs: expired artifacts, abandoned uploads, replaced and leftover blocks.
+//!
+//! `app` runs it in the background and `wharfinger clean` once. One replica cleans at a time, under a lease; every
+//! step may be cut anywhere and repeated. Rows are tombstones before their objects go, and go after them.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use serde::Deserialize;
+use uuid::Uuid;
+
+use super::{Services, millis};
+use crate::error::Result;
+use crate::model::{BlobId, ObjectKey};
+
+/// The `[cleaner]` section of the configuration.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    #[serde(with = "crate::duration")]
+    pub interval: Duration,
+    /// How long the bytes of a deleted or expired artifact stay for downloads that are under way.
+    #[serde(with = "crate::duration")]
+    pub delete_grace: Duration,
+    /// When the prefix of a sealed or dead blob is searched for leftovers: later than any request can last.
+    #[serde(with = "crate::duration")]
+    pub sweep_after: Duration,
+    /// How long another replica waits before it cleans in the place of one that died.
+    #[serde(with = "crate::duration")]
+    pub lease: Duration,
+    /// Rows per step.
+    pub batch: u32,
+}
+
+/// What one pass did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    pub expired_artifacts: u64,
+    pub abandoned_uploads: u64,
+    pub deleted_objects: u64,
+    pub dropped_blobs: u64,
+}
+
+const LEASE: &str = "cleaner";
+/// More than this off the database's clock, a replica does not trust its own and does not clean.
+pub const MAX_CLOCK_SKEW_MS: i64 = 60_000;
+
+impl Services {
+    /// Cleans every now and then, for ever.
+    pub async fn clean_in_background(&self) {
+        loop {
+            tokio::time::sleep(self.settings.cleaner.interval).await;
+            match self.clean().await {
+                Ok(Some(report)) if report != Report::default() => {
+                    tracing::info!(
+                        expired_artifacts = report.expired_artifacts,
+                        abandoned_uploads = report.abandoned_uploads,
+                        deleted_objects = report.deleted_objects,
+                        dropped_blobs = report.dropped_blobs,
+                        "cleaned"
+                    );
+                }
+                Ok(_) => {}
+                Err(error) => tracing::warn!(%error, "cleaning stopped and will be tried again"),
+            }
+        }
+    }
+
+    /// One pass over everything that is due. `None` if another replica is cleaning, or the clocks disagree.
+    pub async fn clean(&self) -> Result<Option<Report>> {
+        let skew_ms = self.db.clock_skew_ms().await?;
+        if skew_ms.abs() > MAX_CLOCK_SKEW_MS {
+            tracing::error!(
+                skew_ms,
+                "this machine's clock is off the database's: the cleaner pauses"
+            );
+            return Ok(None);
+        }
+        let holder = Uuid::new_v4();
+        let pass = Pass {
+            services: self,
+            holder,
+            report: Report::default(),
+        };
+        let outcome = pass.run().await;
+        // If this fails the lease runs out by itself.
+        let _ = self.db.release_lease(LEASE, holder).await;
+        outcome
+    }
+}
+
+/// One pass. Each step works in batches and renews the lease before each of them.
+struct Pass<'a> {
+    services: &'a Services,
+    holder: Uuid,
+    report: Report,
+}
+
+impl Pass<'_> {
+    async fn run(mut self) -> Result<Option<Report>> {
+        if !self.hold().await? {
+            return Ok(None);
+        }
+        self.bury().await?;
+        self.collect_garbage().await?;
+        self.sweep().await?;
+        self.collect_garbage().await?;
+        self.empty().await?;
+        self.drop_dead().await?;
+        self.count();
+        Ok(Some(self.report))
+    }
+
+    /// Takes or renews the lease. `false` if another replica has it.
+    async fn hold(&self) -> Result<bool> {
+        let now_ms = self.services.clock.now_ms();
+        let until_ms = now_ms + millis(self.services.settings.cleaner.lease);
+        self.services.db.take_lease(LEASE, self.holder, now_ms, until_ms).await
+    }
+
+    fn ago(&self, span: Duration) -> i64 {
+        self.services.clock.now_ms() - millis(span)
+    }
+
+    fn batch(&self) -> i64 {
+        self.services.settings.cleaner.batch.into()
+    }
+
+    async fn bury(&mut self) -> Result<()> {
+        let Services(parts) = self.services;
+        while self.hold().await? {
+            let expired = parts.db.expire_artifacts(parts.clock.now_ms(), self.batch()).await?;
+            self.report.expired_artifacts += expired;
+            if expired == 0 {
+                break;
+            }
+        }
+        while self.hold().await? {
+            let begun_before_ms = self.ago(parts.settings.uploads.abandoned_after);
+            let abandoned = parts
+                .db
+                .abandon_uploads(begun_before_ms, parts.clock.now_ms(), self.batch())
+                .await?;
+            self.report.abandoned_uploads += abandoned;
+            if abandoned == 0 {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes the objects of blobs that have been dead for the grace time.
+    async fn empty(&mut self) -> Result<()> {
+        let Services(parts) = self.services;
+        while self.hold().await? {
+            let dead_since_ms = self.ago(parts.settings.cleaner.delete_grace);
+            let blobs = parts.db.blobs_to_empty(dead_since_ms, self.batch()).await?;
+            for &blob in &blobs {
+                for key in parts.db.objects_of(blob).await? {
+                    self.delete_unused(&key).await?;
+                }
+                parts.db.mark_emptied(blob, parts.clock.now_ms()).await?;
+            }
+            if blobs.is_empty() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets dead blobs that no request can still be writing to, with all that lies below their prefix.
+    async fn drop_dead(&mut self) -> Result<()> {
+        let Services(parts) = self.services;
+        while self.hold().await? {
+            let dead_since_ms = self.ago(parts.settings.cleaner.sweep_after);
+            let blobs = parts.db.blobs_to_drop(dead_since_ms, self.batch()).await?;
+            for &blob in &blobs {
+                self.delete_leftovers(blob, &HashSet::new()).await?;
+                parts.store.remove_prefix(blob).await?;
+                parts.db.drop_blob(blob).await?;
+                self.report.dropped_blobs += 1;
+            }
+            if blobs.is_empty() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks once below the prefix of each sealed blob for objects that a crash left without a row.
+    async fn sweep(&mut self) -> Result<()> {
+        let Services(parts) = self.services;
+        while self.hold().await? {
+            let sealed_before_ms = self.ago(parts.settings.cleaner.sweep_after);
+            let blobs = parts.db.blobs_to_sweep(sealed_before_ms, self.batch()).await?;
+            for &blob in &blobs {
+                let named = parts.db.objects_of(blob).await?.into_iter().collect();
+                self.delete_leftovers(blob, &named).await?;
+                parts.db.mark_swept(blob, parts.clock.now_ms()).await?;
+            }
+            if blobs.is_empty() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    async fn delete_leftovers(&mut self, blob: BlobId, named: &HashSet<ObjectKey>) -> Result<()> {
+        for object in self.services.store.list(blob).await? {
+            if !named.contains(&object.key) {
+                self.delete_unused(&object.key).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes the objects that a transaction recorded as named by no row any more.
+    async fn collect_garbage(&mut self) -> Result<()> {
+        let Services(parts) = self.services;
+        while self.hold().await? {
+            let garbage = parts.db.garbage(self.batch()).await?;
+            for key in &garbage {
+                self.delete_unused(key).await?;
+                parts.db.drop_garbage(key).await?;
+            }
+            if garbage.is_empty() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The one place that deletes an object: only if no living blob has a row that names it.
+    async fn delete_unused(&mut self, key: &ObjectKey) -> Result<()> {
+        if !self.services.db.is_object_in_use(key).await? {
+            self.services.store.delete(key).await?;
+            self.report.deleted_objects += 1;
+        }
+        Ok(())
+    }
+
+    fn count(&self) {
+        metrics::counter!("wharfinger_cleaner_expired_artifacts_total").increment(self.report.expired_artifacts);
+        metrics::counter!("wharfinger_cleaner_abandoned_uploads_total").increment(self.report.abandoned_uploads);
+        metrics::counter!("wharfinger_cleaner_deleted_objects_total").increment(self.report.deleted_objects);
+        metrics::counter!("wharfinger_cleaner_dropped_blobs_total").increment(self.report.dropped_blobs);
+        metrics::counter!("wharfinger_cleaner_passes_total").increment(1);
+    }
+}

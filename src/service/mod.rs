@@ -1,0 +1,70 @@
+//! The rules: what may be uploaded, read and deleted, when it ends, and who cleans up.
+//!
+//! Called by `api/`, `app` and `cli/`. Knows no HTTP, no SQL and no object store; it puts `db`, `storage` and
+//! `papers` together and never answers a client itself.
+
+pub mod artifacts;
+pub mod cleaner;
+pub mod downloads;
+pub mod uploads;
+pub mod verification;
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+use tokio::sync::Notify;
+
+use crate::clock::Clock;
+use crate::db::Db;
+use crate::papers::Papers;
+use crate::storage::BlockStore;
+
+/// The sections of the configuration that hold rules.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Settings {
+    pub uploads: uploads::Settings,
+    pub artifacts: artifacts::Settings,
+    pub verification: verification::Settings,
+    pub cleaner: cleaner::Settings,
+}
+
+/// Everything a handler or a background task works with. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct Services(Arc<Parts>);
+
+#[derive(Debug)]
+pub struct Parts {
+    pub db: Db,
+    pub store: BlockStore,
+    pub papers: Papers,
+    pub clock: Clock,
+    pub settings: Settings,
+    /// Wakes the verifier when there is something to verify, so that it need not poll often.
+    verify: Notify,
+}
+
+impl Services {
+    pub fn new(db: Db, store: BlockStore, papers: Papers, clock: Clock, settings: Settings) -> Self {
+        Self(Arc::new(Parts {
+            db,
+            store,
+            papers,
+            clock,
+            settings,
+            verify: Notify::new(),
+        }))
+    }
+}
+
+impl std::ops::Deref for Services {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+/// A span of the configuration in the clock's milliseconds.
+fn millis(span: std::time::Duration) -> i64 {
+    i64::try_from(span.as_millis()).unwrap_or(i64::MAX)
+}

