@@ -1,1 +1,6 @@
-//! x
+//! Integration tests: one binary, one module per floor or API.
+
+#![expect(clippy::unwrap_used, reason = "tests may panic")]
+
+mod common;
+mod storage_contract;

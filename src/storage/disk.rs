@@ -1,0 +1,548 @@
+//! Objects as files on a local disk: `<data dir>/objects/blobs/<blob id>/<uuid>`.
+//!
+//! Only `storage/mod.rs` calls this. Never does file work on an async thread, never maps files into memory, never
+//! takes a name from a client: paths are made of the server's own ids, so nothing leads out of the root.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, DirEntry, File, OpenOptions};
+use std::io::{self, IoSlice, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::UNIX_EPOCH;
+
+use bytes::Bytes;
+use futures_util::stream::{self, BoxStream};
+use futures_util::{StreamExt, TryStreamExt};
+use tokio::runtime::Handle;
+use tokio::sync::{OnceCell, Semaphore};
+use tokio::task::spawn_blocking;
+use uuid::Uuid;
+
+use super::intake::Intake;
+use super::{Durability, Listed, MARKER, MARKER_MAX_BYTES, OpenError, damage};
+use crate::error::{Error, Result};
+use crate::model::{BlobId, ObjectKey};
+
+/// Enough for one trip to a blocking thread; more only costs memory.
+const WRITE_BATCH_BYTES: usize = 256 * 1024;
+/// What the kernel takes in one vectored write, and the bound on what a body of tiny frames can pile up.
+const WRITE_BATCH_FRAMES: usize = 1024;
+/// 64 KiB measured twice the CPU time.
+const READ_CHUNK_BYTES: u64 = 1024 * 1024;
+/// Files that are held open while they are synced in the background. When all are taken, the block list syncs the rest.
+const BACKGROUND_SYNCS: usize = 64;
+/// Syncs that one block list waits for at a time.
+const LIST_SYNCS: usize = 16;
+/// Finished syncs to remember for the list that will ask. Forgetting one costs a second, cheap sync.
+const REMEMBERED_SYNCS: usize = 100_000;
+
+#[derive(Clone, Debug)]
+pub struct Disk(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    root: PathBuf,
+    durability: Durability,
+    /// Files that are being synced or were, until their list has come.
+    syncs: Mutex<HashMap<ObjectKey, Arc<OnceCell<()>>>>,
+    slots: Arc<Semaphore>,
+}
+
+impl Disk {
+    pub(super) async fn open(data_dir: &Path, durability: Durability) -> std::result::Result<Self, OpenError> {
+        let root = data_dir.join("objects");
+        let disk = Self(Arc::new(Inner {
+            root: root.clone(),
+            durability,
+            syncs: Mutex::default(),
+            slots: Arc::new(Semaphore::new(BACKGROUND_SYNCS)),
+        }));
+        match spawn_blocking(move || prepare_root(&root)).await {
+            Ok(result) => result.map(|()| disk),
+            Err(error) => Err(OpenError(format!("the disk could not be looked at: {error}"))),
+        }
+    }
+
+    fn path(&self, key: &ObjectKey) -> PathBuf {
+        self.0.root.join(key.as_str())
+    }
+
+    fn directory(&self, blob: BlobId) -> PathBuf {
+        self.0.root.join(ObjectKey::prefix(blob))
+    }
+
+    pub(super) async fn put(&self, key: &ObjectKey, mut intake: Intake) -> Result<u64> {
+        let mut partial = Partial {
+            path: self.path(key),
+            file: None,
+        };
+        loop {
+            let frames = match batch(&mut intake).await {
+                Ok(frames) => frames,
+                Err(error) => {
+                    blocking(move || partial.remove()).await?;
+                    return Err(error);
+                }
+            };
+            partial = blocking(move || partial.append(&frames))
+                .await
+                .map_err(|error| match error {
+                    Error::NotFound(_) => {
+                        Error::Internal("the directory of the store is gone: is its disk mounted?".into())
+                    }
+                    error => error,
+                })?;
+            if intake.is_complete() {
+                break;
+            }
+        }
+        if let Some(file) = partial.file.take()
+            && self.0.durability == Durability::Full
+        {
+            self.sync_in_background(key, file);
+        }
+        Ok(intake.crc64())
+    }
+
+    pub(super) async fn make_durable(&self, blob: BlobId, blocks: &[(ObjectKey, u64)]) -> Result<()> {
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let (disk, expected) = (self.clone(), blocks.to_vec());
+        blocking(move || Ok(disk.check_sizes(&expected))).await??;
+        if self.0.durability == Durability::Process {
+            return Ok(());
+        }
+        // The names are there already, so directories and files can be synced side by side.
+        let disk = self.clone();
+        let keys: Vec<_> = blocks.iter().map(|(key, _)| key.clone()).collect();
+        let files = stream::iter(keys)
+            .map(move |key| disk.clone().sync_block(key))
+            .buffer_unordered(LIST_SYNCS);
+        let (directory, parent) = (self.directory(blob), self.0.root.join("blobs"));
+        tokio::try_join!(
+            files.try_collect::<()>(),
+            blocking(move || sync_directory(&directory)),
+            blocking(move || sync_directory(&parent)),
+        )?;
+        Ok(())
+    }
+
+    /// In one go for all blocks: a look at a file is much cheaper than a trip to a blocking thread.
+    fn check_sizes(&self, blocks: &[(ObjectKey, u64)]) -> Result<()> {
+        for (key, size_bytes) in blocks {
+            match fs::metadata(self.path(key)) {
+                Ok(metadata) if metadata.len() == *size_bytes => {}
+                Ok(_) => return Err(damage("short", key)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(damage("missing", key)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the sync that the put began; syncs now what is not known, say from before a restart.
+    async fn sync_block(self, key: ObjectKey) -> Result<()> {
+        let sync = self.syncs().remove(&key).unwrap_or_default();
+        let path = self.path(&key);
+        let result = sync
+            .get_or_try_init(|| blocking(move || sync_file(&File::open(&path)?, &path)))
+            .await;
+        match result {
+            Ok(()) => Ok(()),
+            Err(Error::NotFound(_)) => Err(damage("missing", &key)),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn sync_in_background(&self, key: &ObjectKey, file: File) {
+        let Ok(slot) = self.0.slots.clone().try_acquire_owned() else {
+            return;
+        };
+        let sync = Arc::new(OnceCell::new());
+        {
+            let mut syncs = self.syncs();
+            if syncs.len() >= REMEMBERED_SYNCS {
+                syncs.retain(|_, sync| !sync.initialized());
+            }
+            syncs.insert(key.clone(), sync.clone());
+        }
+        let path = self.path(key);
+        tokio::spawn(async move {
+            // An error is not lost: it has removed the file, which the list will miss.
+            let _ = sync.get_or_try_init(|| blocking(move || sync_file(&file, &path))).await;
+            drop(slot);
+        });
+    }
+
+    fn syncs(&self) -> MutexGuard<'_, HashMap<ObjectKey, Arc<OnceCell<()>>>> {
+        self.0.syncs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One chunk is read ahead of the consumer. The first trip opens the file, checks its length and reads.
+    pub(super) fn fetch(&self, key: &ObjectKey, range: Range<u64>) -> BoxStream<'static, Result<Bytes>> {
+        let path = self.path(key);
+        let first = spawn_blocking(move || match Rest::open(&path, range)? {
+            Some(rest) => rest.read().map(Some),
+            None => Ok(None),
+        });
+        stream::try_unfold(Some(first), |reading| async {
+            let Some(reading) = reading else {
+                return Ok(None);
+            };
+            let Some((chunk, rest)) = reading.await.map_err(task_failed)?? else {
+                return Ok(None);
+            };
+            let next = (rest.left > 0).then(|| spawn_blocking(move || rest.read().map(Some)));
+            Ok(Some((chunk, next)))
+        })
+        .boxed()
+    }
+
+    pub(super) async fn delete(&self, key: &ObjectKey) -> Result<()> {
+        self.syncs().remove(key);
+        let path = self.path(key);
+        blocking(move || fs::remove_file(path).or_else(unless_missing)).await
+    }
+
+    pub(super) async fn list(&self, blob: BlobId) -> Result<Vec<Listed>> {
+        let directory = self.directory(blob);
+        blocking(move || {
+            let mut objects = Vec::new();
+            for entry in entries(&directory)? {
+                objects.extend(listed(blob, &entry?)?);
+            }
+            Ok(objects)
+        })
+        .await
+    }
+
+    pub(super) fn list_all(&self) -> BoxStream<'static, Result<Listed>> {
+        let (disk, blobs) = (self.clone(), self.0.root.join("blobs"));
+        stream::once(blocking(move || {
+            entries(&blobs)?
+                .map(|entry| Ok(blob_of(&entry?)))
+                .filter_map(io::Result::transpose)
+                .collect()
+        }))
+        .map_ok(|blobs: Vec<BlobId>| stream::iter(blobs).map(Ok))
+        .try_flatten()
+        .and_then(move |blob| {
+            let disk = disk.clone();
+            async move { disk.list(blob).await }
+        })
+        .map_ok(|objects| stream::iter(objects).map(Ok))
+        .try_flatten()
+        .boxed()
+    }
+
+    pub(super) async fn remove_prefix(&self, blob: BlobId) -> Result<()> {
+        let directory = self.directory(blob);
+        blocking(move || match fs::remove_dir(directory) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            result => result.or_else(unless_missing),
+        })
+        .await
+    }
+
+    pub(super) async fn read_marker(&self) -> Result<Option<String>> {
+        let path = self.0.root.join(MARKER);
+        blocking(move || {
+            let file = match File::open(path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                result => result?,
+            };
+            let mut marker = String::new();
+            file.take(MARKER_MAX_BYTES).read_to_string(&mut marker)?;
+            Ok(Some(marker))
+        })
+        .await
+    }
+
+    pub(super) async fn write_marker(&self, marker: &str) -> Result<()> {
+        let (root, marker) = (self.0.root.clone(), marker.to_owned());
+        blocking(move || {
+            let temporary = root.join(format!("{MARKER}.new"));
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&temporary)?;
+            file.write_all(marker.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(temporary, root.join(MARKER))?;
+            sync_directory(&root)
+        })
+        .await
+    }
+
+    pub(super) async fn check(&self) -> Result<()> {
+        let root = self.0.root.clone();
+        blocking(move || probe(&root)).await.map_err(|error| match error {
+            Error::NotFound(_) => Error::Busy("the directory of the store is gone: is its disk mounted?".into()),
+            error => error,
+        })
+    }
+}
+
+/// Makes the root and `blobs/`, and refuses what another user of the machine could have put there or could change.
+fn prepare_root(root: &Path) -> std::result::Result<(), OpenError> {
+    let shown = root.display();
+    let blobs = root.join("blobs");
+    for directory in [root, &blobs] {
+        let shown = directory.display();
+        // Not following a link: a dangling one must not lead us to make a directory elsewhere.
+        if fs::symlink_metadata(directory).is_err() {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(directory)
+                .map_err(|error| {
+                    OpenError(format!(
+                        "can't make the directory {shown} ({error}): let the server's user write there"
+                    ))
+                })?;
+        }
+        let metadata = fs::symlink_metadata(directory)
+            .map_err(|error| OpenError(format!("can't look at the directory {shown}: {error}")))?;
+        if metadata.is_symlink() {
+            return Err(OpenError(format!(
+                "{shown} is a symbolic link, which could lead anywhere: choose the data directory where the bytes are"
+            )));
+        }
+        if !metadata.is_dir() {
+            return Err(OpenError(format!("{shown} is not a directory: move it away")));
+        }
+        if metadata.mode() & 0o002 != 0 {
+            return Err(OpenError(format!(
+                "every user may write to {shown}: run `chmod o-w {shown}`"
+            )));
+        }
+    }
+    // So that a power cut can't take the new directories away again.
+    let parents = [Some(root), root.parent()];
+    parents
+        .into_iter()
+        .flatten()
+        .try_for_each(sync_directory)
+        .and_then(|()| probe(root))
+        .map_err(|error| {
+            OpenError(format!(
+                "can't write to {shown} ({error}): let the server's user write there"
+            ))
+        })
+}
+
+/// Makes and removes an empty file, which a full disk still allows.
+fn probe(root: &Path) -> io::Result<()> {
+    let path = root.join(format!("probe-{}", Uuid::now_v7()));
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)?;
+    fs::remove_file(path)
+}
+
+/// A file that is being written. It is removed again unless its `file` is taken out.
+struct Partial {
+    path: PathBuf,
+    /// There as soon as the file is.
+    file: Option<File>,
+}
+
+impl Partial {
+    /// Comes back only when all went well; otherwise there is no file any more.
+    fn append(mut self, frames: &[Bytes]) -> io::Result<Self> {
+        match self.try_append(frames) {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                self.remove()?;
+                Err(error)
+            }
+        }
+    }
+
+    fn try_append(&mut self, frames: &[Bytes]) -> io::Result<()> {
+        let file = match &mut self.file {
+            Some(file) => file,
+            None => self.file.insert(create(&self.path)?),
+        };
+        write_all_vectored(file, frames)
+    }
+
+    fn remove(mut self) -> io::Result<()> {
+        match self.file.take() {
+            Some(_) => fs::remove_file(&self.path),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        let Some(file) = self.file.take() else {
+            return;
+        };
+        let path = std::mem::take(&mut self.path);
+        let remove = move || {
+            drop(file);
+            if let Err(error) = fs::remove_file(&path) {
+                tracing::warn!(path = %path.display(), %error, "an unfinished file stays until the cleaner finds it");
+            }
+        };
+        // Removing many megabytes takes a while and the future was most likely dropped on an async thread.
+        match Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(remove)),
+            Err(_) => remove(),
+        }
+    }
+}
+
+/// Frames worth one trip to a blocking thread; fewer only at the end of the body.
+async fn batch(intake: &mut Intake) -> Result<Vec<Bytes>> {
+    let mut frames = Vec::new();
+    let mut bytes = 0;
+    while bytes < WRITE_BATCH_BYTES && frames.len() < WRITE_BATCH_FRAMES {
+        let Some(frame) = intake.next().await? else {
+            break;
+        };
+        bytes += frame.len();
+        frames.push(frame);
+        if intake.is_complete() {
+            break;
+        }
+    }
+    Ok(frames)
+}
+
+/// Opens a file that must not be there yet, and makes the blob's directory with its first one.
+fn create(path: &Path) -> io::Result<File> {
+    let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    match (open(), path.parent()) {
+        (Err(error), Some(directory)) if error.kind() == io::ErrorKind::NotFound => {
+            match DirBuilder::new().mode(0o700).create(directory) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+                _ => open(),
+            }
+        }
+        (result, _) => result,
+    }
+}
+
+fn write_all_vectored(file: &mut File, frames: &[Bytes]) -> io::Result<()> {
+    let mut slices: Vec<_> = frames.iter().map(|frame| IoSlice::new(frame)).collect();
+    let mut slices = slices.as_mut_slice();
+    while !slices.is_empty() {
+        match file.write_vectored(slices) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut slices, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// A failed sync is final: the kernel may have dropped the bytes and would call the next sync a success.
+/// So the file goes, and whoever asks for it is told that it is missing.
+fn sync_file(file: &File, path: &Path) -> io::Result<()> {
+    file.sync_data().inspect_err(|error| {
+        tracing::error!(path = %path.display(), %error, "the disk did not take a file; it is removed");
+        if let Err(error) = fs::remove_file(path) {
+            tracing::error!(path = %path.display(), %error, "nor could it be removed");
+        }
+    })
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// What is still to be read of a range of a file.
+struct Rest {
+    file: File,
+    left: u64,
+}
+
+impl Rest {
+    /// `None` when the file is too short for the range.
+    fn open(path: &Path, range: Range<u64>) -> io::Result<Option<Self>> {
+        let mut file = File::open(path)?;
+        if file.metadata()?.len() < range.end {
+            return Ok(None);
+        }
+        file.seek(SeekFrom::Start(range.start))?;
+        Ok(Some(Self {
+            file,
+            left: range.end - range.start,
+        }))
+    }
+
+    /// The next chunk. It comes out short, with nothing left, if the file has shrunk meanwhile.
+    fn read(mut self) -> io::Result<(Bytes, Self)> {
+        let wanted = self.left.min(READ_CHUNK_BYTES);
+        // `take` with room for just as much reads into the spare capacity: no zeroing, no growing.
+        let mut chunk = Vec::with_capacity(usize::try_from(wanted).unwrap_or_default());
+        let got = (&self.file).take(wanted).read_to_end(&mut chunk)? as u64;
+        self.left = if got == wanted { self.left - got } else { 0 };
+        Ok((chunk.into(), self))
+    }
+}
+
+/// What is in a directory; nothing if there is no directory.
+fn entries(directory: &Path) -> io::Result<impl Iterator<Item = io::Result<DirEntry>>> {
+    match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        result => result.map(Some),
+    }
+    .map(|entries| entries.into_iter().flatten())
+}
+
+fn blob_of(entry: &DirEntry) -> Option<BlobId> {
+    let name = entry.file_name().into_string().ok()?;
+    let blob = BlobId(Uuid::parse_str(&name).ok()?);
+    (blob.to_string() == name).then_some(blob)
+}
+
+/// `None` for foreign names, for what is not a file, and for what was deleted meanwhile.
+fn listed(blob: BlobId, entry: &DirEntry) -> io::Result<Option<Listed>> {
+    let name = entry.file_name();
+    let Some(key) = name
+        .to_str()
+        .and_then(|name| ObjectKey::parse(&format!("{}{name}", ObjectKey::prefix(blob))))
+    else {
+        return Ok(None);
+    };
+    let metadata = match entry.metadata() {
+        Ok(metadata) if metadata.is_file() => metadata,
+        Ok(_) => return Ok(None),
+        Err(error) => return unless_missing(error).map(|()| None),
+    };
+    let age = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let modified_ms = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+    Ok(Some(Listed {
+        key,
+        size_bytes: metadata.len(),
+        modified_ms,
+    }))
+}
+
+fn unless_missing(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound {
+        Ok(())
+    } else {
+        Err(error)
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T> {
+    Ok(spawn_blocking(work).await.map_err(task_failed)??)
+}
+
+fn task_failed(error: tokio::task::JoinError) -> Error {
+    Error::Internal(format!("a background task of the store failed: {error}"))
+}
