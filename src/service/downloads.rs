@@ -50,7 +50,7 @@ impl Services {
                 "the end of the artifact is still being verified, try again".to_owned(),
             ));
         }
-        let reader = self.store.read(storage::window(&blocks, range)?).await?;
+        let reader = self.store.read(storage::window(blocks, range)?).await?;
         Ok(match expected {
             Some(expected) if whole => self.verified(blob, expected, Box::pin(reader)),
             _ => Box::pin(reader),

@@ -102,7 +102,7 @@ impl Services {
                     match self.store.make_durable(blob, &objects).await {
                         Ok(()) => blocks,
                         // Replaced by the same block sent again, and cleaned already.
-                        Err(Error::NotFound(_)) => continue,
+                        Err(Error::Gone(_)) if self.db.listed_blocks(blob, list).await? != blocks => continue,
                         Err(error) => return Err(error),
                     }
                 }

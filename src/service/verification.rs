@@ -49,7 +49,7 @@ impl Services {
         mut keep_going: impl AsyncFnMut() -> Result<bool>,
     ) -> Result<Option<Sha256>> {
         let blocks = self.db.content_blocks(blob, 0, size_bytes).await?;
-        let mut bytes = self.store.read(storage::window(&blocks, 0..size_bytes)?).await?;
+        let mut bytes = self.store.read(storage::window(blocks, 0..size_bytes)?).await?;
         let mut hasher = sha2::Sha256::new();
         while let Some(chunk) = bytes.next().await {
             hasher = hash(hasher, chunk?).await?;
