@@ -119,6 +119,12 @@ impl Object {
         let cause = error.to_string();
         Err(OpenError(if cause.contains("NoSuchBucket") {
             format!("the bucket `{bucket}` does not exist at {place}: create it, or correct storage.url")
+        } else if cause.contains("/latest/") {
+            // The address of the machine's role service.
+            format!(
+                "no credentials for the bucket `{bucket}`: set storage.access_key_id and storage.secret_access_key, \
+                 or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role ({cause})"
+            )
         } else if status_in(&cause).is_some_and(|status| matches!(status, 401 | 403)) {
             format!(
                 "{place} refused the credentials for the bucket `{bucket}`: check storage.access_key_id and \
