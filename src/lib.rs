@@ -4,7 +4,9 @@
 //! `ARCHITECTURE.md` explains the floors; `tests/it/layers.rs` fails when one reaches up.
 
 pub mod clock;
+pub mod config;
 pub mod db;
+pub mod duration;
 pub mod error;
 pub mod model;
 pub mod papers;
