@@ -3,6 +3,8 @@
 //! Imports go down only: `main` → `cli` → `app` → `api` → `service` → {`db`, `storage`, `papers`} → `model`, `error`.
 //! `ARCHITECTURE.md` explains the floors; `tests/it/layers.rs` fails when one reaches up.
 
+pub mod app;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod db;
