@@ -5,8 +5,11 @@
 
 pub mod api;
 pub mod app;
+pub mod cli;
 pub mod clock;
+pub mod config;
 pub mod db;
+pub mod duration;
 pub mod error;
 pub mod model;
 pub mod papers;

@@ -1,1 +1,55 @@
-fn main() {}
+//! The program: reads the command line and the configuration, starts logging, hands over to the command.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::process::ExitCode;
+
+use anyhow::anyhow;
+use clap::Parser as _;
+use tracing_subscriber::EnvFilter;
+use wharfinger::cli::{self, Cli};
+use wharfinger::config::{Config, LogFormat, LogSettings};
+
+fn main() -> ExitCode {
+    // Wrong usage ends here, with exit code 2.
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let sentence = format!("{error:#}").replace('\n', " ");
+            // With standard error gone there is nobody left to tell.
+            let _ = writeln!(io::stderr().lock(), "wharfinger: {sentence}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let loaded = Config::load(&cli.overrides(), cli::environment()?)?;
+    start_tracing(&loaded.config.log)?;
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
+    }
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(cli.run(loaded))
+}
+
+/// To standard error: standard output belongs to what commands print.
+fn start_tracing(log: &LogSettings) -> anyhow::Result<()> {
+    let terminal = io::stderr().is_terminal();
+    let pretty = match log.format {
+        LogFormat::Auto => terminal,
+        LogFormat::Pretty => true,
+        LogFormat::Json => false,
+    };
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_new(&log.level)?)
+        .with_writer(io::stderr);
+    let started = if pretty {
+        lines.with_ansi(terminal).try_init()
+    } else {
+        lines.json().flatten_event(true).try_init()
+    };
+    started.map_err(|error| anyhow!("can't start logging: {error}"))
+}

@@ -13,6 +13,7 @@ use axum::http::header::{
     CONTENT_TYPE, ETAG, IF_MATCH, IF_NONE_MATCH, IF_RANGE, LAST_MODIFIED, RANGE, REFERRER_POLICY,
     X_CONTENT_TYPE_OPTIONS,
 };
+use axum::http::request::Parts;
 use axum::http::response::Builder;
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -48,7 +49,11 @@ pub async fn handle(State(context): State<Context>, Extension(link): Extension<L
         (&Method::PUT, Some("block")) => put_block(&context, &link, request).await,
         (&Method::PUT, Some("blocklist")) => put_block_list(&context, &link, request).await,
         (&Method::PUT, None) => put_blob(&context, &link, request).await,
-        (_, None) => get(&context, &link, &request).await,
+        (_, None) => {
+            // A body can't be shared between threads, and none is needed here.
+            let (head, _) = request.into_parts();
+            get(&context, &link, &head).await
+        }
         _ => Err(invalid_parameter("comp must be block or blocklist, for PUT".to_owned())),
     }
 }
@@ -276,10 +281,10 @@ fn http_date(ms: i64) -> String {
     httpdate::fmt_http_date(std::time::UNIX_EPOCH + since)
 }
 
-async fn get(context: &Context, link: &Link, request: &Request) -> Reply {
+async fn get(context: &Context, link: &Link, head: &Parts) -> Reply {
     let services = &context.services;
     let blob = services.readable_blob(link.blob).await?;
-    let headers = request.headers();
+    let headers = &head.headers;
     let etag = etag(blob.id);
     let names_it = |value: &str| {
         value
@@ -327,7 +332,7 @@ async fn get(context: &Context, link: &Link, request: &Request) -> Reply {
         let range = format!("bytes {}-{}/{}", window.start, window.end - 1, blob.size_bytes);
         reply = reply.header(CONTENT_RANGE, range);
     }
-    if request.method() == Method::HEAD {
+    if head.method == Method::HEAD {
         return Ok(finish(reply, Body::empty()));
     }
     let bytes = services.read_blob(&blob, window).await?;

@@ -32,12 +32,12 @@ pub fn parse(body: &[u8]) -> Result<Vec<ListEntry>, AzureError> {
             .map_err(|error| invalid(&format!("the block list is not XML: {error}")))?;
         state = match (state, event) {
             (State::Before, Event::Decl(_)) if list.is_empty() => State::Before,
-            (State::Before, Event::Start(tag)) if name(&tag)? == b"BlockList" => State::Inside,
-            (State::Before, Event::Empty(tag)) if name(&tag)? == b"BlockList" => State::After,
+            (State::Before, Event::Start(tag)) if name(&tag)? == "BlockList" => State::Inside,
+            (State::Before, Event::Empty(tag)) if name(&tag)? == "BlockList" => State::After,
             (State::Inside, Event::Start(tag)) => State::Id(source(&tag)?, String::new()),
             (State::Inside, Event::End(_)) => State::After,
             (State::Id(from, mut id), Event::Text(text)) => {
-                id.push_str(text.decode().map_err(|_| invalid("a block id is not text"))?.trim());
+                id.push_str(text.trim());
                 State::Id(from, id)
             }
             (State::Id(from, id), Event::End(_)) => {
@@ -53,7 +53,7 @@ pub fn parse(body: &[u8]) -> Result<Vec<ListEntry>, AzureError> {
             (State::After, Event::Eof) => return Ok(list),
             (state, Event::Comment(_)) => state,
             (state @ (State::Before | State::Inside | State::After), Event::Text(text))
-                if text.iter().all(u8::is_ascii_whitespace) =>
+                if text.trim_ascii().is_empty() =>
             {
                 state
             }
@@ -69,7 +69,7 @@ enum State {
     After,
 }
 
-fn name<'a>(tag: &'a BytesStart<'_>) -> Result<&'a [u8], AzureError> {
+fn name<'a>(tag: &'a BytesStart<'_>) -> Result<&'a str, AzureError> {
     if tag.len() > MAX_TAG_BYTES {
         Err(invalid("a tag is too long"))
     } else {
@@ -79,9 +79,9 @@ fn name<'a>(tag: &'a BytesStart<'_>) -> Result<&'a [u8], AzureError> {
 
 fn source(tag: &BytesStart<'_>) -> Result<ListSource, AzureError> {
     match name(tag)? {
-        b"Latest" => Ok(ListSource::Latest),
-        b"Committed" => Ok(ListSource::Committed),
-        b"Uncommitted" => Ok(ListSource::Uncommitted),
+        "Latest" => Ok(ListSource::Latest),
+        "Committed" => Ok(ListSource::Committed),
+        "Uncommitted" => Ok(ListSource::Uncommitted),
         _ => Err(invalid("a block list has Latest, Committed and Uncommitted only")),
     }
 }

@@ -169,7 +169,7 @@ impl Services {
                 )));
             }
             let sealing = if size_bytes <= self.settings.verification.inline_max_bytes {
-                let actual = match self.hash_blob(candidate.blob, size_bytes, async || Ok(true)).await? {
+                let actual = match self.hash_blob(candidate.blob, size_bytes, None).await? {
                     Some(actual) => actual,
                     None => continue,
                 };

@@ -30,6 +30,12 @@ pub struct Settings {
 /// How long the verifier sleeps when nobody wakes it: for what other replicas left.
 const IDLE: Duration = Duration::from_secs(15);
 
+/// The right to hash a blob while the others leave it alone, to be renewed now and then.
+pub(super) struct Claim {
+    lease_ms: i64,
+    renew_at_ms: i64,
+}
+
 /// Feeds a chunk to a hash, away from the threads that serve requests.
 pub(super) async fn hash(mut hasher: sha2::Sha256, chunk: Bytes) -> Result<sha2::Sha256> {
     tokio::task::spawn_blocking(move || {
@@ -41,20 +47,25 @@ pub(super) async fn hash(mut hasher: sha2::Sha256, chunk: Bytes) -> Result<sha2:
 }
 
 impl Services {
-    /// The SHA-256 of a blob's content. `keep_going` is asked now and then; `None` if it says no.
+    /// The SHA-256 of a blob's content. `None` if it is hashed under a claim, and the claim ended because somebody
+    /// else hashed or deleted the blob.
     pub(super) async fn hash_blob(
         &self,
         blob: BlobId,
         size_bytes: u64,
-        mut keep_going: impl AsyncFnMut() -> Result<bool>,
+        mut claim: Option<Claim>,
     ) -> Result<Option<Sha256>> {
         let blocks = self.db.content_blocks(blob, 0, size_bytes).await?;
         let mut bytes = self.store.read(storage::window(blocks, 0..size_bytes)?).await?;
         let mut hasher = sha2::Sha256::new();
         while let Some(chunk) = bytes.next().await {
             hasher = hash(hasher, chunk?).await?;
-            if !keep_going().await? {
-                return Ok(None);
+            let now_ms = self.clock.now_ms();
+            if let Some(claim) = claim.as_mut().filter(|claim| claim.renew_at_ms <= now_ms) {
+                claim.renew_at_ms = now_ms + claim.lease_ms / 2;
+                if !self.db.extend_verification(blob, now_ms + claim.lease_ms).await? {
+                    return Ok(None);
+                }
             }
         }
         Ok(Some(Sha256(hasher.finalize().into())))
@@ -108,17 +119,11 @@ impl Services {
         else {
             return Ok(false);
         };
-        let mut renew_at_ms = now_ms + lease_ms / 2;
-        let actual = self
-            .hash_blob(blob, size_bytes, async || {
-                let now_ms = self.clock.now_ms();
-                if now_ms < renew_at_ms {
-                    return Ok(true);
-                }
-                renew_at_ms = now_ms + lease_ms / 2;
-                self.db.extend_verification(blob, now_ms + lease_ms).await
-            })
-            .await?;
+        let claim = Claim {
+            lease_ms,
+            renew_at_ms: now_ms + lease_ms / 2,
+        };
+        let actual = self.hash_blob(blob, size_bytes, Some(claim)).await?;
         match (actual, expected) {
             (Some(actual), Some(expected)) if actual != expected => {
                 self.reject_content(blob, expected, actual).await;

@@ -38,7 +38,10 @@ pub async fn postgres_database() -> String {
         .expect("no Postgres: run `make test`, or `tests/with-postgres.sh cargo test --release`");
     let name = format!("t{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let admin = sqlx::PgPool::connect(&format!("{cluster}/postgres")).await.unwrap();
-    sqlx::query(sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}"))).execute(&admin).await.unwrap();
+    sqlx::query(sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}")))
+        .execute(&admin)
+        .await
+        .unwrap();
     admin.close().await;
     format!("{cluster}/{name}")
 }
@@ -101,14 +104,25 @@ impl TestServer {
         edit(&mut config);
         // The machine's time, so that it agrees with the database's.
         let clock = Arc::new(AtomicI64::new(Clock::System.now_ms()));
-        let app = App::start(&config, Clock::Fixed(Arc::clone(&clock)), None).await.unwrap();
+        let app = App::start(&config, Clock::Fixed(Arc::clone(&clock)), None)
+            .await
+            .unwrap();
         let url = app.services.papers.public_url().to_owned();
-        Self { app, config, url, clock, http: reqwest::Client::new(), s3, directory }
+        Self {
+            app,
+            config,
+            url,
+            clock,
+            http: reqwest::Client::new(),
+            s3,
+            directory,
+        }
     }
 
     /// Moves the clock.
     pub fn advance(&self, span: Duration) {
-        self.clock.fetch_add(i64::try_from(span.as_millis()).unwrap(), Ordering::Relaxed);
+        self.clock
+            .fetch_add(i64::try_from(span.as_millis()).unwrap(), Ordering::Relaxed);
     }
 
     /// A good token for job `job` of run `run` of a repository, good for 6 h.
@@ -133,7 +147,12 @@ impl TestServer {
     }
 
     pub fn job_of(&self, repository: &str, run: &str, job: &str) -> Job<'_> {
-        Job { server: self, token: self.token(repository, run, job), run: run.to_owned(), job: job.to_owned() }
+        Job {
+            server: self,
+            token: self.token(repository, run, job),
+            run: run.to_owned(),
+            job: job.to_owned(),
+        }
     }
 
     pub async fn stop(self) {
@@ -154,7 +173,10 @@ impl Job<'_> {
     pub async fn call(&self, method: &str, mut fields: Value) -> (u16, Value) {
         fields["workflow_run_backend_id"] = json!(self.run);
         fields["workflow_job_run_backend_id"] = json!(self.job);
-        let url = format!("{}/twirp/github.actions.results.api.v1.ArtifactService/{method}", self.server.url);
+        let url = format!(
+            "{}/twirp/github.actions.results.api.v1.ArtifactService/{method}",
+            self.server.url
+        );
         let reply = self
             .server
             .http
@@ -166,7 +188,10 @@ impl Job<'_> {
             .await
             .unwrap();
         let status = reply.status().as_u16();
-        (status, serde_json::from_slice(&reply.bytes().await.unwrap()).expect("a Twirp reply is always JSON"))
+        (
+            status,
+            serde_json::from_slice(&reply.bytes().await.unwrap()).expect("a Twirp reply is always JSON"),
+        )
     }
 
     /// Creates an artifact and returns its upload link.
@@ -180,15 +205,31 @@ impl Job<'_> {
     pub async fn upload(&self, name: &str, bytes: &[u8]) -> String {
         let link = self.create(name).await;
         assert_eq!(self.put(&link, bytes.to_vec()).await.0, 201);
-        let (status, reply) = self.call("FinalizeArtifact", json!({ "name": name, "size": bytes.len().to_string() })).await;
+        let (status, reply) = self
+            .call(
+                "FinalizeArtifact",
+                json!({ "name": name, "size": bytes.len().to_string() }),
+            )
+            .await;
         assert_eq!(status, 200, "{reply}");
         reply["artifact_id"].as_str().unwrap().to_owned()
     }
 
     /// PUTs a body to a link. Returns the status and the error code, if there is one.
     pub async fn put(&self, link: &str, body: Vec<u8>) -> (u16, Option<String>) {
-        let reply = self.server.http.put(link).header("x-ms-blob-type", "BlockBlob").body(body).send().await.unwrap();
-        let code = reply.headers().get("x-ms-error-code").map(|code| code.to_str().unwrap().to_owned());
+        let reply = self
+            .server
+            .http
+            .put(link)
+            .header("x-ms-blob-type", "BlockBlob")
+            .body(body)
+            .send()
+            .await
+            .unwrap();
+        let code = reply
+            .headers()
+            .get("x-ms-error-code")
+            .map(|code| code.to_str().unwrap().to_owned());
         (reply.status().as_u16(), code)
     }
 
@@ -210,17 +251,26 @@ impl Job<'_> {
     pub async fn names(&self) -> Vec<String> {
         let (status, reply) = self.call("ListArtifacts", json!({})).await;
         assert_eq!(status, 200, "{reply}");
-        reply["artifacts"].as_array().unwrap().iter().map(|artifact| artifact["name"].as_str().unwrap().to_owned()).collect()
+        reply["artifacts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|artifact| artifact["name"].as_str().unwrap().to_owned())
+            .collect()
     }
 }
 
 /// A link for one block: what the Azure SDK makes of an upload link.
 pub fn block_link(link: &str, id: &str) -> String {
-    format!("{link}&comp=block&blockid={}", id.replace('+', "%2B").replace('/', "%2F").replace('=', "%3D"))
+    format!(
+        "{link}&comp=block&blockid={}",
+        id.replace('+', "%2B").replace('/', "%2F").replace('=', "%3D")
+    )
 }
 
 /// The body of a Put Block List.
 pub fn block_list(ids: &[&str]) -> Vec<u8> {
     let entries: String = ids.iter().map(|id| format!("<Latest>{id}</Latest>")).collect();
-    format!("<?xml version=\"1.0\" encoding=\"UTF-8\" standalone=\"yes\"?><BlockList>{entries}</BlockList>").into_bytes()
+    format!("<?xml version=\"1.0\" encoding=\"UTF-8\" standalone=\"yes\"?><BlockList>{entries}</BlockList>")
+        .into_bytes()
 }

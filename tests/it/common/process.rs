@@ -49,7 +49,11 @@ impl Environment {
     /// What a command that must succeed prints.
     pub fn output(&self, arguments: &[&str]) -> String {
         let output = self.command(arguments).output().unwrap();
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         String::from_utf8(output.stdout).unwrap()
     }
 }
@@ -85,11 +89,19 @@ impl Process {
         let (public, internal) = (free_port(), free_port());
         environment.set("WHARFINGER_LISTEN", format!("127.0.0.1:{public}"));
         environment.set("WHARFINGER_INTERNAL_LISTEN", format!("127.0.0.1:{internal}"));
-        let mut child = environment.command(&["serve", "--log-format", "json"]).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = environment
+            .command(&["serve", "--log-format", "json"])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let sink = Arc::clone(&log);
-        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| sink.lock().unwrap().push(line)));
+        std::thread::spawn(move || {
+            lines
+                .map_while(Result::ok)
+                .for_each(|line| sink.lock().unwrap().push(line))
+        });
         let mut process = Self {
             child,
             url: environment
@@ -106,14 +118,24 @@ impl Process {
             if let Some(status) = process.child.try_wait().unwrap() {
                 panic!("the server ended with {status}: {:#?}", process.log.lock().unwrap());
             }
-            assert!(begun.elapsed() < Duration::from_secs(60), "not ready: {:#?}", process.log.lock().unwrap());
+            assert!(
+                begun.elapsed() < Duration::from_secs(60),
+                "not ready: {:#?}",
+                process.log.lock().unwrap()
+            );
             std::thread::yield_now();
         }
         process
     }
 
     fn is_ready(&self) -> bool {
-        self.environment.command(&["health"]).stderr(Stdio::null()).stdout(Stdio::null()).status().unwrap().success()
+        self.environment
+            .command(&["health"])
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .status()
+            .unwrap()
+            .success()
     }
 
     pub fn pid(&self) -> u32 {
@@ -122,7 +144,16 @@ impl Process {
 
     /// A token as `wharfinger token mint` makes it.
     pub fn token(&self, repository: &str, run: &str, job: &str) -> String {
-        let arguments = ["token", "mint", "--repository", repository, "--run-id", run, "--job-id", job];
+        let arguments = [
+            "token",
+            "mint",
+            "--repository",
+            repository,
+            "--run-id",
+            run,
+            "--job-id",
+            job,
+        ];
         self.environment.output(&arguments).trim().to_owned()
     }
 
@@ -149,5 +180,7 @@ impl Drop for Process {
 
 /// The Node that `tests/install.sh` put in place.
 pub fn node() -> PathBuf {
-    std::env::var_os("WHARFINGER_TEST_NODE").expect("no Node: run `make test`, or `tests/with-postgres.sh cargo test --release`").into()
+    std::env::var_os("WHARFINGER_TEST_NODE")
+        .expect("no Node: run `make test`, or `tests/with-postgres.sh cargo test --release`")
+        .into()
 }
