@@ -332,7 +332,10 @@ fn check_filter(filter: &str) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::layers::DEFAULTS;
+    use std::time::Duration;
+
     use super::*;
+    use crate::storage::Durability;
 
     struct Attempt {
         directory: tempfile::TempDir,
