@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use axum::body::{Body, HttpBody};
 use axum::extract::{MatchedPath, Request};
-use axum::http::header::USER_AGENT;
+use axum::http::header::{CONTENT_LENGTH, USER_AGENT};
 use axum::http::{HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -42,6 +42,13 @@ pub async fn observe(request: Request, next: Next) -> Response {
         .await
         .unwrap_or_else(|_| reply::panicked(&path));
     exchange.status = response.status().as_u16();
+    exchange.expected = match exchange.method {
+        Method::HEAD => Some(0),
+        _ => response
+            .headers()
+            .get(CONTENT_LENGTH)
+            .and_then(|length| length.to_str().ok()?.parse().ok()),
+    };
     if let Ok(id) = HeaderValue::try_from(id.hyphenated().to_string()) {
         response.headers_mut().insert("x-ms-request-id", id);
     }
@@ -68,7 +75,9 @@ struct Exchange {
     status: u16,
     received: Arc<AtomicU64>,
     sent: Arc<AtomicU64>,
-    complete: bool,
+    /// How long the reply is to be, where that is said; hyper does not ask for more than that.
+    expected: Option<u64>,
+    ended: bool,
 }
 
 impl Exchange {
@@ -98,7 +107,8 @@ impl Exchange {
             status: 499,
             received: Arc::default(),
             sent: Arc::default(),
-            complete: false,
+            expected: None,
+            ended: false,
         }
     }
 }
@@ -125,7 +135,7 @@ impl Drop for Exchange {
             duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
             received_bytes = received,
             sent_bytes = sent,
-            complete = self.complete,
+            complete = self.ended || self.expected == Some(sent),
             user_agent = %self.user_agent.escape_default(),
             "request"
         );
@@ -157,7 +167,7 @@ impl HttpBody for Counted {
         }
         let ended = matches!(poll, Poll::Ready(None)) || self.body.is_end_stream();
         if ended && let Some(exchange) = &mut self.exchange {
-            exchange.complete = true;
+            exchange.ended = true;
         }
         poll
     }

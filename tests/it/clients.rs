@@ -1,0 +1,175 @@
+//! The real clients, unmodified, against the built server: every client × case on every backend, as one table.
+//!
+//! The table goes to `target/clients-table.txt`, which `make test` prints. A cell that is missing fails the test, as one
+//! that failed does; what a client cannot do says so and why.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Mutex;
+
+use jsonwebtoken::{EncodingKey, Header};
+use serde_json::json;
+use wharfinger::clock::Clock;
+
+use crate::common::client::{Outcome, Runner, Status, run_client};
+use crate::common::process::{Environment, Process};
+use crate::common::s3::S3Server;
+use crate::common::{Backend, postgres_database};
+
+const CLIENTS: [&str; 7] = [
+    "artifact-2.0.1",
+    "artifact-2.1.11",
+    "artifact-2.3.2",
+    "artifact-4.0.0",
+    "artifact-5.0.3",
+    "artifact-6.2.1",
+    "storage-blob",
+];
+const CASES: [&str; 13] = [
+    "small",
+    "tree",
+    "empty",
+    "tar300",
+    "delete",
+    "overwrite",
+    "conflict",
+    "twenty",
+    "killed",
+    "isolation",
+    "raw",
+    "blocks",
+    "putblob",
+];
+/// Clients at work at once on one server: as many as the machines that this runs on have cores.
+const AT_ONCE: usize = 2;
+const ISSUER_SECRET: &str = "a secret of the second issuer, for this test only";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_client_does_every_case_on_every_backend() {
+    let mut cells = BTreeMap::new();
+    for backend in Backend::ALL {
+        for outcome in run_all(backend).await {
+            cells.insert(
+                (outcome.client.clone(), outcome.case.clone(), format!("{backend:?}")),
+                outcome,
+            );
+        }
+    }
+    let (table, bad) = table(&cells);
+    std::fs::write(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("target/clients-table.txt"),
+        &table,
+    )
+    .unwrap();
+    assert!(bad.is_empty(), "{table}\nmissing or failed: {bad:#?}");
+}
+
+async fn run_all(backend: Backend) -> Vec<Outcome> {
+    let directory = tempfile::tempdir().unwrap();
+    let data_dir = directory.path().join("data");
+    let issuer_secret = directory.path().join("issuer.secret");
+    let root_secret = directory.path().join("root.secret");
+    for (file, secret) in [
+        (&issuer_secret, ISSUER_SECRET),
+        (&root_secret, "the root secret of the clients' test, no other"),
+    ] {
+        std::fs::write(file, secret).unwrap();
+        std::fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    }
+    let s3 = (backend == Backend::PostgresS3).then(S3Server::start);
+    let mut environment = match &s3 {
+        None => Environment::embedded(&data_dir),
+        Some(s3) => Environment::production(&data_dir, &postgres_database().await, s3, &root_secret),
+    };
+    let config = directory.path().join("wharfinger.toml");
+    let issuer = format!(
+        "[[issuers]]\nname = \"forge\"\nkind = \"hs256\"\niss = \"forge\"\nsecret_file = {:?}\n",
+        issuer_secret.display().to_string()
+    );
+    std::fs::write(&config, issuer).unwrap();
+    environment.set("WHARFINGER_CONFIG", config.display());
+    let server = Process::start(&environment);
+
+    let queue = Mutex::new(CLIENTS.to_vec());
+    let outcomes = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                // Taken from the end: the one with the most work first.
+                while let Some(client) = { queue.lock().unwrap().pop() } {
+                    let runner = Runner {
+                        url: server.url.clone(),
+                        token: server.token("octo/demo", "1", "build"),
+                        variables: vec![("WHARFINGER_TEST_OTHER_TOKENS", other_identities(&server))],
+                    };
+                    outcomes.lock().unwrap().extend(run_client(&runner, client, "all"));
+                }
+            });
+        }
+    });
+    outcomes.into_inner().unwrap()
+}
+
+/// Tokens for the same run id of another repository, and of another issuer's repository of the same name.
+fn other_identities(server: &Process) -> String {
+    let now_s = Clock::System.now_ms() / 1000;
+    let claims = json!({
+        "iss": "forge",
+        "scp": "Actions.Results:1:build",
+        "repository": "octo/demo",
+        "iat": now_s,
+        "exp": now_s + 3600,
+    });
+    let key = EncodingKey::from_secret(ISSUER_SECRET.as_bytes());
+    let forge = jsonwebtoken::encode(&Header::default(), &claims, &key).unwrap();
+    format!("{},{forge}", server.token("octo/other", "1", "build"))
+}
+
+/// The table, and what is wrong in it.
+fn table(cells: &BTreeMap<(String, String, String), Outcome>) -> (String, Vec<String>) {
+    let (mut table, mut bad) = (String::new(), Vec::new());
+    writeln!(
+        table,
+        "{:<16} {:<10} {:<12} {:<12}",
+        "client", "case", "SQLite+disk", "Postgres+S3"
+    )
+    .unwrap();
+    for client in CLIENTS {
+        for case in CASES {
+            write!(table, "{client:<16} {case:<10}").unwrap();
+            let mut why = None;
+            for backend in Backend::ALL {
+                let cell = cells.get(&(client.to_owned(), case.to_owned(), format!("{backend:?}")));
+                let shown = match cell {
+                    Some(Outcome {
+                        status: Status::Ok, ms, ..
+                    }) => format!("ok {ms} ms"),
+                    Some(Outcome {
+                        status: Status::Na,
+                        detail,
+                        ..
+                    }) => {
+                        why = Some(detail);
+                        "n/a".to_owned()
+                    }
+                    Some(Outcome {
+                        status: Status::Fail,
+                        detail,
+                        ..
+                    }) => {
+                        bad.push(format!("{client} {case} {backend:?}: {detail}"));
+                        "FAIL".to_owned()
+                    }
+                    None => {
+                        bad.push(format!("{client} {case} {backend:?}: no outcome"));
+                        "MISSING".to_owned()
+                    }
+                };
+                write!(table, " {shown:<12}").unwrap();
+            }
+            writeln!(table, " {}", why.map_or("", |why| why.as_str())).unwrap();
+        }
+    }
+    (table, bad)
+}
