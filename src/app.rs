@@ -4,15 +4,15 @@
 
 mod identity;
 mod local;
+mod telemetry;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use listenfd::ListenFd;
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
@@ -22,15 +22,11 @@ use crate::api::{self, Context, Operations};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::db::Db;
+use crate::papers::Papers;
 use crate::service::{Services, Settings};
 use crate::storage::BlockStore;
 
 pub use self::local::{papers, prepare_data_dir};
-
-/// Upper bounds of the request duration histogram, in seconds: from a list of names to an hour's upload.
-const DURATION_BUCKETS: [f64; 12] = [0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0, 3600.0];
-/// How often the metrics recorder folds what it has gathered.
-const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
 /// A running server.
 pub struct App {
@@ -50,9 +46,11 @@ pub struct App {
 /// # Errors
 /// One sentence that says what to do.
 pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
-    prepare_data_dir(&config.data_dir)?;
+    if config.uses_data_dir() {
+        prepare_data_dir(&config.data_dir)?;
+    }
     let root_secret = local::root_secret(config)?;
-    let papers = papers(config)?;
+    let papers = Papers::new(&config.issuers, &root_secret, &config.public_origin()).map_err(|error| anyhow!(error))?;
     let db = connect(config).await?;
     let store = BlockStore::open(&config.storage, &config.data_dir, config.ca_file.as_deref())
         .await
@@ -69,6 +67,10 @@ pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
 
 /// Connects to the database and brings its schema up to date.
 async fn connect(config: &Config) -> anyhow::Result<Db> {
+    if config.database.is_embedded() {
+        // SQLite gives its other files the mode of this one.
+        local::open(&config.data_dir, "wharfinger.db")?;
+    }
     let db = Db::connect(&config.database, &config.data_dir, config.ca_file.as_deref())
         .await
         .map_err(|error| anyhow!(error))?;
@@ -88,7 +90,9 @@ impl App {
     /// One sentence that says what to do.
     pub async fn start(config: &Config, clock: Clock, metrics: Option<PrometheusHandle>) -> anyhow::Result<Self> {
         let mut config = config.clone();
-        prepare_data_dir(&config.data_dir)?;
+        if config.uses_data_dir() {
+            prepare_data_dir(&config.data_dir)?;
+        }
         let lock = if config.database.is_embedded() {
             Some(local::Lock::try_take(&config.data_dir, "serve.lock")?)
         } else {
@@ -151,8 +155,9 @@ impl App {
         };
         tracing::info!(database, store, data_dir = %config.data_dir.display(), "metadata and bytes lie here");
         tracing::info!(listen = %self.public, internal_listen = %self.internal, public_url, "serving; links begin with the public URL");
+        let program = std::env::args().next().unwrap_or_else(|| "wharfinger".to_owned());
         tracing::info!(
-            "try it: eval \"$(wharfinger env --repository octo/demo --run-id 1 --job-id build)\" and run a client"
+            "try it: eval \"$({program} env --repository octo/demo --run-id 1 --job-id build)\" and run a client"
         );
         if !self.public.ip().is_loopback() && public_url.starts_with("http://") {
             tracing::warn!(listen = %self.public, "tokens and bytes travel unencrypted: put a proxy with TLS in front and set public_url to its https:// address");
@@ -203,16 +208,9 @@ async fn listeners(config: &Config) -> anyhow::Result<(TcpListener, TcpListener)
 pub async fn serve(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let metrics = PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("duration_seconds".to_owned()), &DURATION_BUCKETS)?
-        .install_recorder()?;
+    let metrics = telemetry::install()?;
     let app = App::start(&config, Clock::System, Some(metrics.clone())).await?;
-    let upkeep = tokio::spawn(async move {
-        loop {
-            tokio::time::sleep(METRICS_UPKEEP).await;
-            metrics.run_upkeep();
-        }
-    });
+    let upkeep = tokio::spawn(telemetry::upkeep(metrics));
     next_signal(&mut terminate, &mut interrupt).await;
     let settings = &config.server;
     tracing::info!(drain_delay = ?settings.drain_delay, drain_timeout = ?settings.drain_timeout, "stopping; a second signal stops at once");
@@ -261,7 +259,9 @@ pub async fn clean(config: Config) -> anyhow::Result<()> {
 /// # Errors
 /// One sentence that says what to do.
 pub async fn migrate(config: Config) -> anyhow::Result<()> {
-    prepare_data_dir(&config.data_dir)?;
+    if config.uses_data_dir() {
+        prepare_data_dir(&config.data_dir)?;
+    }
     connect(&config).await?.close().await;
     tracing::info!("the schema is up to date");
     Ok(())

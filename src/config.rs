@@ -135,6 +135,11 @@ impl Config {
             .unwrap_or_else(|| format!("http://{}", self.listen))
     }
 
+    /// Whether anything lies in the data directory.
+    pub fn uses_data_dir(&self) -> bool {
+        self.database.is_embedded() || self.storage.url.is_empty()
+    }
+
     /// Where the root secret lies.
     pub fn root_secret_file(&self) -> RootSecretFile {
         match &self.secret_file {

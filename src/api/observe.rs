@@ -18,6 +18,7 @@ use axum::response::Response;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use http_body::{Frame, SizeHint};
+use tracing::Instrument as _;
 use uuid::Uuid;
 
 use super::reply;
@@ -37,7 +38,9 @@ pub async fn observe(request: Request, next: Next) -> Response {
     });
     let path = exchange.path.clone();
     let id = exchange.id;
-    let mut response = AssertUnwindSafe(next.run(request))
+    // So that what is logged on the way, such as an internal error, leads back to the client's request id.
+    let span = tracing::error_span!("request", request_id = %id);
+    let mut response = AssertUnwindSafe(next.run(request).instrument(span))
         .catch_unwind()
         .await
         .unwrap_or_else(|_| reply::panicked(&path));

@@ -3,7 +3,7 @@
 //! Called by `app`, and by `cli/` for commands that need the papers and nothing else.
 
 use std::fs::{self, DirBuilder, File};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail};
@@ -23,12 +23,22 @@ pub fn root_secret(config: &Config) -> anyhow::Result<RootSecret> {
     .map_err(|error| anyhow!(error))
 }
 
-/// The keys and issuers of this installation.
+/// The keys and issuers of an installation that is there already.
 ///
 /// # Errors
-/// One sentence that says what to do about a secret file or an issuer.
+/// One sentence that says what to do about a secret file or an issuer. A missing embedded secret is one: made here,
+/// it would be a stranger to the server whose tokens are wanted.
 pub fn papers(config: &Config) -> anyhow::Result<Papers> {
-    Papers::new(&config.issuers, &root_secret(config)?, &config.public_origin()).map_err(|error| anyhow!(error))
+    let file = config.root_secret_file();
+    let path = file.path();
+    if matches!(file, RootSecretFile::Embedded(_)) && !path.try_exists()? {
+        bail!(
+            "there is no root secret at {} yet: start the server there first, or name its directory with --data-dir",
+            path.display()
+        );
+    }
+    let root_secret = RootSecret::load(path).map_err(|error| anyhow!(error))?;
+    Papers::new(&config.issuers, &root_secret, &config.public_origin()).map_err(|error| anyhow!(error))
 }
 
 /// Makes the data directory with mode 0700, or checks the one that is there.
@@ -86,12 +96,14 @@ impl Lock {
     }
 }
 
-fn open(data_dir: &Path, name: &str) -> anyhow::Result<File> {
+/// Opens a file of the data directory, which nobody else may read; makes it if it is not there.
+pub fn open(data_dir: &Path, name: &str) -> anyhow::Result<File> {
     let path = data_dir.join(name);
     File::options()
         .create(true)
         .truncate(false)
         .write(true)
+        .mode(0o600)
         .open(&path)
         .with_context(|| format!("cannot open {}", path.display()))
 }

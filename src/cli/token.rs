@@ -97,6 +97,10 @@ mod tests {
             values: vec![("data_dir", data_dir)],
         };
         let config = Config::load(&flags, []).unwrap().config;
+        let refused = app::papers(&config).unwrap_err().to_string();
+        assert!(refused.contains("start the server"), "{refused}");
+        app::prepare_data_dir(&config.data_dir).unwrap();
+        crate::papers::RootSecret::load_or_create(config.root_secret_file().path()).unwrap();
         let (server, command) = (app::papers(&config).unwrap(), app::papers(&config).unwrap());
 
         let line = "--repository octo/demo --run-id 7 --job-id build --repository-id 42 --attempt 2 --ref refs/heads/x";

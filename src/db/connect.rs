@@ -11,6 +11,7 @@ use serde::Deserialize;
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{Connection as _, PgConnection};
 
 use super::{Db, Sqlite};
 
@@ -102,7 +103,15 @@ impl Db {
     /// the data directory's lock.
     pub async fn migrate(&self) -> Result<(), String> {
         let outcome = match self {
-            Db::Postgres(pool) => POSTGRES.run(pool).await,
+            Db::Postgres(pool) => {
+                // Waiting for another replica's migration, and a long one of our own, must not time out.
+                let patient = [("statement_timeout", "0"), ("lock_timeout", "0")];
+                let options = pool.connect_options().as_ref().clone().options(patient);
+                match PgConnection::connect_with(&options).await {
+                    Ok(mut connection) => POSTGRES.run(&mut connection).await,
+                    Err(error) => Err(MigrateError::Execute(error)),
+                }
+            }
             Db::Sqlite(sqlite) => SQLITE.run(&sqlite.durable).await,
         };
         outcome.map_err(|error| match error {

@@ -61,7 +61,10 @@ impl Services {
                     );
                 }
                 Ok(_) => {}
-                Err(error) => tracing::warn!(%error, "cleaning stopped and will be tried again"),
+                Err(error) => {
+                    metrics::counter!("wharfinger_cleaner_failures_total").increment(1);
+                    tracing::warn!(%error, "cleaning stopped and will be tried again");
+                }
             }
         }
     }
