@@ -1,5 +1,6 @@
 //! What several tests share: whole servers, in this process or as processes of their own, and stand-ins for S3.
 
+pub mod client;
 pub mod process;
 pub mod s3;
 

@@ -1,0 +1,82 @@
+//! The real clients: `tests/e2e/client.mjs` in a Node process of its own, and what it says of each case.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde::Deserialize;
+
+use super::process::node;
+
+/// What became of one case of one client.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Outcome {
+    pub client: String,
+    pub case: String,
+    pub status: Status,
+    /// What was shown, why the client can't do it, or what went wrong.
+    #[serde(default)]
+    pub detail: String,
+    pub ms: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    Ok,
+    /// The client has no such feature.
+    Na,
+    Fail,
+}
+
+/// What a runner tells its job's clients.
+#[derive(Clone, Debug)]
+pub struct Runner {
+    /// The server's origin.
+    pub url: String,
+    /// `ACTIONS_RUNTIME_TOKEN`.
+    pub token: String,
+    /// Further variables, such as `WHARFINGER_TEST_BIG_BYTES`.
+    pub variables: Vec<(&'static str, String)>,
+}
+
+/// Runs cases (`small,tree`, or `all`) of one client (`artifact-6.2.1`) and waits for the end of all.
+/// The client's own log is shown only when a case fails.
+///
+/// # Panics
+/// If the process ends before it has reported.
+pub fn run_client(runner: &Runner, client: &str, cases: &str) -> Vec<Outcome> {
+    let directory = tempfile::tempdir().unwrap();
+    // A file takes any amount of log without anybody reading along.
+    let log = directory.path().join("stderr.log");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/client.mjs");
+    let output = Command::new(node())
+        .arg(script)
+        .args([client, cases])
+        .env("ACTIONS_RESULTS_URL", format!("{}/", runner.url))
+        .env("ACTIONS_RUNTIME_TOKEN", &runner.token)
+        .env("GITHUB_SERVER_URL", "https://github.com")
+        .env("GITHUB_WORKSPACE", directory.path())
+        .env("RUNNER_TEMP", directory.path())
+        .envs(runner.variables.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null())
+        .stderr(File::create(&log).unwrap())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let outcomes: Vec<Outcome> = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("@@"))
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let told = |what: String| format!("{what}\n{said}\n{}", fs::read_to_string(&log).unwrap_or_default());
+    assert!(
+        output.status.success() && !outcomes.is_empty(),
+        "{}",
+        told(format!("{client} {cases} ended with {}", output.status))
+    );
+    if outcomes.iter().any(|outcome| outcome.status == Status::Fail) {
+        println!("{}", told(format!("{client} {cases} failed")));
+    }
+    outcomes
+}
