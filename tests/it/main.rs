@@ -3,4 +3,6 @@
 #![expect(clippy::unwrap_used, reason = "tests may panic")]
 
 mod common;
+mod db_contract;
+mod replicas;
 mod storage_contract;
