@@ -538,7 +538,8 @@ impl Db {
             sqlx::query_as(
                 "UPDATE blobs SET verify_lease_until_ms = $2
                  WHERE verification = 'pending' AND verify_lease_until_ms <= $1 AND id = (
-                     SELECT id FROM blobs WHERE verification = 'pending' AND verify_lease_until_ms <= $1
+                     SELECT id FROM blobs
+                     WHERE verification = 'pending' AND state = 'sealed' AND verify_lease_until_ms <= $1
                      ORDER BY verify_lease_until_ms LIMIT 1)
                  RETURNING id, size_bytes, sha256",
             )
@@ -560,12 +561,15 @@ impl Db {
     /// Keeps a claim while a long hash is under way. `false` if the blob needs no verification any more.
     pub async fn extend_verification(&self, blob: BlobId, lease_until_ms: i64) -> Result<bool> {
         let rows = on!(self, durable, |conn| {
-            sqlx::query("UPDATE blobs SET verify_lease_until_ms = $2 WHERE id = $1 AND verification = 'pending'")
-                .bind(blob.0)
-                .bind(lease_until_ms)
-                .execute(conn)
-                .await?
-                .rows_affected()
+            sqlx::query(
+                "UPDATE blobs SET verify_lease_until_ms = $2
+                 WHERE id = $1 AND verification = 'pending' AND state = 'sealed'",
+            )
+            .bind(blob.0)
+            .bind(lease_until_ms)
+            .execute(conn)
+            .await?
+            .rows_affected()
         });
         Ok(rows == 1)
     }

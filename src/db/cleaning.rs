@@ -131,16 +131,21 @@ impl Db {
     /// Forgets the blocks of a tombstone whose objects were deleted.
     pub async fn mark_emptied(&self, blob: BlobId, now_ms: i64) -> Result<()> {
         transaction!(self, durable, |tx| {
-            sqlx::query("UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND state = 'deleting'")
+            let dead = sqlx::query("UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND state = 'deleting'")
                 .bind(blob.0)
                 .bind(now_ms)
                 .execute(&mut *tx)
-                .await?;
-            sqlx::query("DELETE FROM blocks WHERE blob_id = $1")
-                .bind(blob.0)
-                .execute(&mut *tx)
-                .await?;
-            Some(())
+                .await?
+                .rows_affected();
+            if dead == 0 {
+                None
+            } else {
+                sqlx::query("DELETE FROM blocks WHERE blob_id = $1")
+                    .bind(blob.0)
+                    .execute(&mut *tx)
+                    .await?;
+                Some(())
+            }
         });
         Ok(())
     }
@@ -148,15 +153,27 @@ impl Db {
     /// Forgets a tombstone altogether.
     pub async fn drop_blob(&self, blob: BlobId) -> Result<()> {
         transaction!(self, durable, |tx| {
-            sqlx::query("DELETE FROM garbage WHERE blob_id = $1")
+            let dead = sqlx::query("UPDATE blobs SET state = state WHERE id = $1 AND state = 'deleting'")
                 .bind(blob.0)
                 .execute(&mut *tx)
-                .await?;
-            sqlx::query("DELETE FROM blobs WHERE id = $1 AND state = 'deleting'")
-                .bind(blob.0)
-                .execute(&mut *tx)
-                .await?;
-            Some(())
+                .await?
+                .rows_affected();
+            if dead == 0 {
+                None
+            } else {
+                // Besides garbage there may be a block of a request that saw the blob open and wrote its row late.
+                for rest in [
+                    "DELETE FROM garbage WHERE blob_id = $1",
+                    "DELETE FROM blocks WHERE blob_id = $1",
+                ] {
+                    sqlx::query(rest).bind(blob.0).execute(&mut *tx).await?;
+                }
+                sqlx::query("DELETE FROM blobs WHERE id = $1")
+                    .bind(blob.0)
+                    .execute(&mut *tx)
+                    .await?;
+                Some(())
+            }
         });
         Ok(())
     }
@@ -222,9 +239,11 @@ impl Db {
     /// How many sealed blobs wait for their hash.
     pub async fn pending_verifications(&self) -> Result<i64> {
         Ok(on!(self, readers, |conn| {
-            sqlx::query_scalar("SELECT CAST(count(*) AS BIGINT) FROM blobs WHERE verification = 'pending'")
-                .fetch_one(conn)
-                .await?
+            sqlx::query_scalar(
+                "SELECT CAST(count(*) AS BIGINT) FROM blobs WHERE verification = 'pending' AND state = 'sealed'",
+            )
+            .fetch_one(conn)
+            .await?
         }))
     }
 }

@@ -4,4 +4,6 @@
 
 mod clients;
 mod common;
+mod db_contract;
+mod replicas;
 mod storage_contract;

@@ -58,6 +58,14 @@ impl Environment {
     }
 }
 
+/// The same root secret for every replica, in a file of its own below `directory`.
+pub fn secret_file(directory: &Path) -> PathBuf {
+    let path = directory.join("root.secret");
+    std::fs::write(&path, "test-only-5vXcQm8Zr2LkT0aWnD4yEoJ7hB1uGf\n").unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    path
+}
+
 /// A port of 127.0.0.1 that is free now, below those from which outgoing connections are made.
 pub fn free_port() -> u16 {
     use std::sync::atomic::{AtomicU16, Ordering};
