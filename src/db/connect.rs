@@ -11,7 +11,6 @@ use serde::Deserialize;
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Connection as _, PgConnection};
 
 use super::{Db, Sqlite};
 
@@ -107,8 +106,8 @@ impl Db {
                 // Waiting for another replica's migration, and a long one of our own, must not time out.
                 let patient = [("statement_timeout", "0"), ("lock_timeout", "0")];
                 let options = pool.connect_options().as_ref().clone().options(patient);
-                match PgConnection::connect_with(&options).await {
-                    Ok(mut connection) => POSTGRES.run(&mut connection).await,
+                match PgPoolOptions::new().max_connections(1).connect_with(options).await {
+                    Ok(patient) => POSTGRES.run(&patient).await,
                     Err(error) => Err(MigrateError::Execute(error)),
                 }
             }
