@@ -23,7 +23,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::db::Db;
 use crate::papers::Papers;
-use crate::service::{Services, Settings};
+use crate::service::{Services, Settings, fsck};
 use crate::storage::BlockStore;
 
 pub use self::local::{papers, prepare_data_dir};
@@ -61,6 +61,7 @@ pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
         artifacts: config.artifacts.clone(),
         verification: config.verification.clone(),
         cleaner: config.cleaner.clone(),
+        scrub: config.scrub.clone(),
     };
     Ok(Services::new(db, store, papers, clock, settings))
 }
@@ -132,9 +133,11 @@ impl App {
             app.servers
                 .spawn(async move { api::serve::serve(listener, router, &settings, stop).await });
         }
-        let verifier = services.clone();
+        let (verifier, scrubber) = (services.clone(), services.clone());
         app.background
             .spawn(async move { verifier.verify_in_background().await });
+        app.background
+            .spawn(async move { scrubber.scrub_in_background().await });
         app.background
             .spawn(async move { services.clean_in_background().await });
         app.announce(&config);
@@ -252,6 +255,21 @@ pub async fn clean(config: Config) -> anyhow::Result<()> {
         }
         None => bail!("another process is cleaning, or the clocks disagree; try again later"),
     }
+}
+
+/// `wharfinger fsck`: checks that database and store agree, and tells each problem as it is found.
+///
+/// # Errors
+/// One sentence that says what to do, if they can't be asked.
+pub async fn fsck(
+    config: Config,
+    options: fsck::Options,
+    tell: &mut (dyn FnMut(&fsck::Problem) + Send),
+) -> anyhow::Result<fsck::Summary> {
+    let services = open(&config, Clock::System).await?;
+    let summary = services.fsck(options, tell).await;
+    services.db.close().await;
+    Ok(summary?)
 }
 
 /// `wharfinger migrate`: brings the schema up to date and ends.

@@ -15,7 +15,7 @@ use tracing_subscriber::filter::{EnvFilter, LevelFilter};
 
 use crate::api::serve;
 use crate::papers::{IssuerSettings, parse_public_url};
-use crate::service::{artifacts, cleaner, uploads, verification};
+use crate::service::{artifacts, cleaner, scrub, uploads, verification};
 use crate::{db, storage};
 use layers::Merged;
 
@@ -69,6 +69,7 @@ pub struct Config {
     pub artifacts: artifacts::Settings,
     pub verification: verification::Settings,
     pub cleaner: cleaner::Settings,
+    pub scrub: scrub::Settings,
     #[serde(default)]
     pub issuers: Vec<IssuerSettings>,
 }
@@ -225,6 +226,7 @@ impl Config {
             ("cleaner.interval", self.cleaner.interval),
             ("cleaner.sweep_after", self.cleaner.sweep_after),
             ("cleaner.lease", self.cleaner.lease),
+            ("scrub.cycle", self.scrub.cycle),
         ] {
             require(!duration.is_zero(), key, || "must be longer than 0s".to_owned())?;
         }

@@ -12,18 +12,19 @@ use wharfinger::config::{Config, LogFormat, LogSettings};
 fn main() -> ExitCode {
     // Wrong usage ends here, with exit code 2.
     let cli = Cli::parse();
+    let failure = cli.failure();
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             let sentence = format!("{error:#}").replace('\n', " ");
             // With standard error gone there is nobody left to tell.
             let _ = writeln!(io::stderr().lock(), "wharfinger: {sentence}");
-            ExitCode::FAILURE
+            failure
         }
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let loaded = Config::load(&cli.overrides(), cli::environment()?)?;
     start_tracing(&loaded.config.log)?;
     for warning in &loaded.warnings {

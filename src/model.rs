@@ -46,6 +46,13 @@ impl ObjectKey {
         (canonical(blob) && canonical(object)).then(|| Self(text.to_owned()))
     }
 
+    /// The blob that the object was staged for.
+    pub fn blob(&self) -> BlobId {
+        // Both parts were checked when the key was made.
+        let id = self.0.split('/').nth(1).and_then(|id| Uuid::parse_str(id).ok());
+        BlobId(id.unwrap_or_default())
+    }
+
     pub fn as_str(&self) -> &str {
         &self.0
     }

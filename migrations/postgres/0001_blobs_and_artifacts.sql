@@ -28,10 +28,13 @@ CREATE TABLE blobs (
     -- When it entered its state or got new content.
     changed_at_ms BIGINT NOT NULL,
     -- Sealed: leftovers were swept. Deleting: its objects are gone.
-    cleaned_at_ms BIGINT
+    cleaned_at_ms BIGINT,
+    -- When all its bytes were last read and found right; 0 for never.
+    scrubbed_at_ms BIGINT NOT NULL DEFAULT 0
 );
 CREATE INDEX blobs_unfinished ON blobs (created_at_ms) WHERE state IN ('staging', 'committed');
 CREATE INDEX blobs_unswept ON blobs (changed_at_ms) WHERE state = 'sealed' AND cleaned_at_ms IS NULL;
+CREATE INDEX blobs_to_scrub ON blobs (scrubbed_at_ms) WHERE state = 'sealed';
 CREATE INDEX blobs_dead ON blobs (changed_at_ms) WHERE state = 'deleting';
 CREATE INDEX blobs_unverified ON blobs (verify_lease_until_ms) WHERE verification = 'pending';
 
@@ -71,7 +74,8 @@ CREATE TABLE artifacts (
     run_id BIGINT,
     version INTEGER NOT NULL,
     mime_type TEXT,
-    state TEXT NOT NULL CHECK (state IN ('pending', 'finalized')),
+    -- Lost: finalized, and its bytes turned out missing or changed.
+    state TEXT NOT NULL CHECK (state IN ('pending', 'finalized', 'lost')),
     blob_id UUID NOT NULL REFERENCES blobs (id),
     created_at_ms BIGINT NOT NULL,
     finalized_at_ms BIGINT,
@@ -79,5 +83,5 @@ CREATE TABLE artifacts (
     CONSTRAINT artifacts_key UNIQUE (issuer, repository, run_backend_id, name, run_attempt)
 );
 CREATE INDEX artifacts_by_blob ON artifacts (blob_id);
-CREATE INDEX artifacts_by_expiry ON artifacts (expires_at_ms) WHERE state = 'finalized';
+CREATE INDEX artifacts_by_expiry ON artifacts (expires_at_ms) WHERE state <> 'pending';
 CREATE INDEX artifacts_by_run ON artifacts (issuer, repository, run_backend_id, id);

@@ -13,7 +13,7 @@ const DURATION_BUCKETS: [f64; 12] = [0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2
 /// How often the recorder folds what it has gathered.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-const COUNTERS: [(&str, &str); 11] = [
+const COUNTERS: [(&str, &str); 12] = [
     (
         "wharfinger_http_requests_total",
         "Requests that ended, by route and status; 499 is a client that went away",
@@ -27,6 +27,10 @@ const COUNTERS: [(&str, &str); 11] = [
     (
         "wharfinger_storage_damage_total",
         "Reads that found stored bytes missing, short or changed",
+    ),
+    (
+        "wharfinger_lost_artifacts_total",
+        "Artifacts that the scrub found damaged and took out",
     ),
     ("wharfinger_cleaner_passes_total", "Passes of the cleaner that ended"),
     (
@@ -51,7 +55,8 @@ const COUNTERS: [(&str, &str); 11] = [
     ),
 ];
 /// Those without labels, which can begin at 0.
-const FROM_ZERO: [&str; 7] = [
+const FROM_ZERO: [&str; 8] = [
+    "wharfinger_lost_artifacts_total",
     "wharfinger_verification_failed_total",
     "wharfinger_cleaner_passes_total",
     "wharfinger_cleaner_expired_artifacts_total",

@@ -6,6 +6,7 @@
 mod check_config;
 mod clean;
 mod env;
+mod fsck;
 mod health;
 mod migrate;
 mod serve;
@@ -13,6 +14,7 @@ mod token;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::bail;
 use clap::{Args, Parser, Subcommand};
@@ -79,6 +81,8 @@ enum Command {
     CheckConfig,
     /// Remove what is expired, abandoned or left over, once
     Clean,
+    /// Check that database and store agree
+    Fsck(fsck::Flags),
     /// Bring the database up to date
     Migrate,
     /// Ask the server of this configuration whether it is ready
@@ -113,16 +117,27 @@ impl Cli {
     ///
     /// # Errors
     /// One sentence for whoever typed it, maybe with its cause behind a colon.
-    pub async fn run(self, loaded: Loaded) -> anyhow::Result<()> {
+    pub async fn run(self, loaded: Loaded) -> anyhow::Result<ExitCode> {
         match self.command.unwrap_or(Command::Serve) {
-            Command::Serve => serve::run(loaded.config).await,
-            Command::Token(command) => token::run(&loaded.config, command),
-            Command::Env(flags) => env::run(&loaded.config, flags),
-            Command::CheckConfig => check_config::run(&loaded),
-            Command::Clean => clean::run(loaded.config).await,
-            Command::Migrate => migrate::run(loaded.config).await,
-            Command::Health => health::run(&loaded.config).await,
+            Command::Serve => serve::run(loaded.config).await?,
+            Command::Token(command) => token::run(&loaded.config, command)?,
+            Command::Env(flags) => env::run(&loaded.config, flags)?,
+            Command::CheckConfig => check_config::run(&loaded)?,
+            Command::Clean => clean::run(loaded.config).await?,
+            Command::Fsck(flags) => return fsck::run(loaded.config, flags).await,
+            Command::Migrate => migrate::run(loaded.config).await?,
+            Command::Health => health::run(&loaded.config).await?,
         }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// What a command that could not do its work exits with: for `fsck`, 1 says that something is wrong.
+    pub fn failure(&self) -> ExitCode {
+        ExitCode::from(if matches!(self.command, Some(Command::Fsck(_))) {
+            2
+        } else {
+            1
+        })
     }
 }
 

@@ -67,12 +67,13 @@ pub struct ReadableBlob {
     pub mime_type: Option<String>,
     pub content_type: Option<String>,
     pub size_bytes: u64,
-    pub revision: i64,
     pub sealed_at_ms: i64,
     /// What the content must hash to, where that is known.
     pub sha256: Option<Sha256>,
     /// The content was not compared with `sha256` yet.
     pub unverified: bool,
+    /// The bytes turned out missing or changed.
+    pub lost: bool,
 }
 
 /// A sealed blob whose content is still to be hashed. Claimed for the time of a lease.
@@ -466,7 +467,7 @@ impl Db {
         }
     }
 
-    /// The blob and its artifact, if the artifact is finalized and lives at `now_ms`.
+    /// The blob and its artifact, if the artifact was finalized and lives at `now_ms`.
     pub async fn readable_blob(&self, blob: BlobId, now_ms: i64) -> Result<Option<ReadableBlob>> {
         type Row = (
             String,
@@ -474,16 +475,15 @@ impl Db {
             Option<String>,
             i64,
             i64,
-            i64,
             Option<Vec<u8>>,
+            String,
             String,
         );
         let row: Option<Row> = on!(self, readers, |conn| {
             sqlx::query_as(
-                "SELECT a.name, a.mime_type, b.content_type, b.size_bytes, b.revision, b.changed_at_ms, b.sha256,
-                     b.verification
+                "SELECT a.name, a.mime_type, b.content_type, b.size_bytes, b.changed_at_ms, b.sha256, b.verification, a.state
                  FROM blobs b JOIN artifacts a ON a.blob_id = b.id
-                 WHERE b.id = $1 AND b.state = 'sealed' AND a.state = 'finalized' AND a.expires_at_ms > $2",
+                 WHERE b.id = $1 AND b.state = 'sealed' AND a.state <> 'pending' AND a.expires_at_ms > $2",
             )
             .bind(blob.0)
             .bind(now_ms)
@@ -491,17 +491,17 @@ impl Db {
             .await?
         });
         row.map(
-            |(artifact_name, mime_type, content_type, size, revision, sealed_at_ms, sha256, verification)| {
+            |(artifact_name, mime_type, content_type, size, sealed_at_ms, sha256, verification, state)| {
                 Ok(ReadableBlob {
                     id: blob,
                     artifact_name,
                     mime_type,
                     content_type,
                     size_bytes: unsigned(size)?,
-                    revision,
                     sealed_at_ms,
                     sha256: digest(sha256)?,
                     unverified: verification == "pending",
+                    lost: state == "lost",
                 })
             },
         )

@@ -15,7 +15,7 @@ impl Db {
         self.bury(
             "UPDATE blobs SET state = 'deleting', tombstone = 'expired', changed_at_ms = $3, cleaned_at_ms = NULL
              WHERE state = 'sealed' AND id IN (
-                 SELECT blob_id FROM artifacts WHERE state = 'finalized' AND expires_at_ms <= $1
+                 SELECT blob_id FROM artifacts WHERE state <> 'pending' AND expires_at_ms <= $1
                  ORDER BY expires_at_ms LIMIT $2)
              RETURNING id",
             now_ms,

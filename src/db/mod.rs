@@ -6,11 +6,13 @@
 
 mod artifacts;
 mod blobs;
+mod checking;
 mod cleaning;
 mod connect;
 
 pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
 pub use blobs::{Committed, ListEntry, ListSource, ReadableBlob, StagedBlock, Verification, WritableBlob};
+pub use checking::{Overdue, SealedBlob, Standing};
 pub use connect::Settings;
 
 use sqlx::{PgPool, SqlitePool};

@@ -26,12 +26,15 @@ impl Services {
     /// Looks a blob up for a read link.
     ///
     /// # Errors
-    /// [`Error::NotFound`] while it is pending, and once it is expired or deleted.
+    /// [`Error::NotFound`] while it is pending, and once it is expired or deleted; [`Error::Gone`] if it is lost.
     pub async fn readable_blob(&self, blob: BlobId) -> Result<ReadableBlob> {
-        self.db
-            .readable_blob(blob, self.clock.now_ms())
-            .await?
-            .ok_or_else(|| Error::NotFound("the artifact does not exist, expired or was deleted".to_owned()))
+        match self.db.readable_blob(blob, self.clock.now_ms()).await? {
+            Some(blob) if blob.lost => Err(Error::Gone("the artifact's bytes were damaged in the store".to_owned())),
+            Some(blob) => Ok(blob),
+            None => Err(Error::NotFound(
+                "the artifact does not exist, expired or was deleted".to_owned(),
+            )),
+        }
     }
 
     /// Opens the bytes `range` of a blob. The first of them are at hand when this returns.

@@ -6,6 +6,8 @@
 pub mod artifacts;
 pub mod cleaner;
 pub mod downloads;
+pub mod fsck;
+pub mod scrub;
 pub mod uploads;
 pub mod verification;
 
@@ -26,6 +28,7 @@ pub struct Settings {
     pub artifacts: artifacts::Settings,
     pub verification: verification::Settings,
     pub cleaner: cleaner::Settings,
+    pub scrub: scrub::Settings,
 }
 
 /// Everything a handler or a background task works with. Cloning shares it.

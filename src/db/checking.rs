@@ -1,0 +1,176 @@
+//! What `fsck` and the scrub ask of the database, and the one thing that they may change: marking bytes as lost.
+//!
+//! Called by `service/fsck.rs` and `service/scrub.rs`.
+
+use uuid::Uuid;
+
+use super::blobs::digest;
+use super::{Db, on, unsigned};
+use crate::error::Result;
+use crate::model::{BlobId, BlobState, ObjectKey, Sha256};
+
+/// A finalized blob as the database describes it.
+#[derive(Clone, Debug)]
+pub struct SealedBlob {
+    pub id: BlobId,
+    pub size_bytes: u64,
+    /// What the content hashes to, if it was hashed here.
+    pub sha256: Option<Sha256>,
+}
+
+/// Whose an object in the store is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// A block's row names it.
+    Named,
+    /// No row names it, but the cleaner will come for it.
+    Expected,
+    /// Nobody knows it.
+    Unknown,
+}
+
+/// Things that the cleaner should have taken away by now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Overdue {
+    pub uploads: i64,
+    pub tombstones: i64,
+    pub garbage: i64,
+}
+
+type SealedRow = (Uuid, i64, Option<Vec<u8>>);
+
+fn sealed_blob((id, size, sha256): SealedRow) -> Result<SealedBlob> {
+    Ok(SealedBlob {
+        id: BlobId(id),
+        size_bytes: unsigned(size)?,
+        sha256: digest(sha256)?,
+    })
+}
+
+impl Db {
+    /// Finalized blobs whose bytes are not known to be lost, in the order of their ids, after `after`.
+    pub async fn sealed_blobs(&self, after: BlobId, limit: i64) -> Result<Vec<SealedBlob>> {
+        let rows: Vec<SealedRow> = on!(self, readers, |conn| {
+            sqlx::query_as(
+                "SELECT b.id, b.size_bytes, CASE WHEN b.verification = 'verified' THEN b.sha256 END
+                 FROM blobs b JOIN artifacts a ON a.blob_id = b.id
+                 WHERE b.id > $1 AND b.state = 'sealed' AND a.state = 'finalized' ORDER BY b.id LIMIT $2",
+            )
+            .bind(after.0)
+            .bind(limit)
+            .fetch_all(conn)
+            .await?
+        });
+        rows.into_iter().map(sealed_blob).collect()
+    }
+
+    /// The finalized blob that was not read for the longest time, if that was at or before `read_before_ms`.
+    pub async fn blob_to_scrub(&self, read_before_ms: i64) -> Result<Option<SealedBlob>> {
+        let row: Option<SealedRow> = on!(self, readers, |conn| {
+            sqlx::query_as(
+                "SELECT id, size_bytes, CASE WHEN verification = 'verified' THEN sha256 END FROM blobs
+                 WHERE state = 'sealed' AND scrubbed_at_ms <= $1 AND changed_at_ms <= $1
+                 ORDER BY scrubbed_at_ms LIMIT 1",
+            )
+            .bind(read_before_ms)
+            .fetch_optional(conn)
+            .await?
+        });
+        row.map(sealed_blob).transpose()
+    }
+
+    /// Notes that a blob's bytes were read at `now_ms`.
+    pub async fn mark_scrubbed(&self, blob: BlobId, now_ms: i64) -> Result<()> {
+        on!(self, staging, |conn| {
+            sqlx::query("UPDATE blobs SET scrubbed_at_ms = $2 WHERE id = $1")
+                .bind(blob.0)
+                .bind(now_ms)
+                .execute(conn)
+                .await?;
+        });
+        Ok(())
+    }
+
+    /// Shows the artifact of a blob no more, because its bytes are missing or changed; its links answer "gone".
+    /// `false` if it was not shown anyway.
+    pub async fn mark_lost(&self, blob: BlobId) -> Result<bool> {
+        let rows = on!(self, durable, |conn| {
+            sqlx::query("UPDATE artifacts SET state = 'lost' WHERE blob_id = $1 AND state = 'finalized'")
+                .bind(blob.0)
+                .execute(conn)
+                .await?
+                .rows_affected()
+        });
+        Ok(rows > 0)
+    }
+
+    /// Whether a blob is finalized and shown.
+    pub async fn is_shown(&self, blob: BlobId) -> Result<bool> {
+        let shown: Option<i64> = on!(self, readers, |conn| {
+            sqlx::query_scalar("SELECT id FROM artifacts WHERE blob_id = $1 AND state = 'finalized'")
+                .bind(blob.0)
+                .fetch_optional(conn)
+                .await?
+        });
+        Ok(shown.is_some())
+    }
+
+    /// Whose an object is that lies below the prefix of `blob`.
+    pub async fn standing(&self, key: &ObjectKey, blob: BlobId) -> Result<Standing> {
+        let named: Option<i64> = on!(self, readers, |conn| {
+            sqlx::query_scalar("SELECT size_bytes FROM blocks WHERE object_key = $1 LIMIT 1")
+                .bind(key.as_str())
+                .fetch_optional(conn)
+                .await?
+        });
+        if named.is_some() {
+            return Ok(Standing::Named);
+        }
+        let garbage: Option<i64> = on!(self, readers, |conn| {
+            sqlx::query_scalar("SELECT created_at_ms FROM garbage WHERE object_key = $1")
+                .bind(key.as_str())
+                .fetch_optional(conn)
+                .await?
+        });
+        let owner: Option<(String, Option<i64>)> = on!(self, readers, |conn| {
+            sqlx::query_as("SELECT state, cleaned_at_ms FROM blobs WHERE id = $1")
+                .bind(blob.0)
+                .fetch_optional(conn)
+                .await?
+        });
+        let owned = owner.is_some_and(|(state, swept)| state != BlobState::Sealed.as_str() || swept.is_none());
+        Ok(if garbage.is_some() || owned {
+            Standing::Expected
+        } else {
+            Standing::Unknown
+        })
+    }
+
+    /// Counts what should be gone: uploads begun, tombstones and garbage made at or before these times.
+    pub async fn overdue(&self, uploads_before_ms: i64, dead_before_ms: i64) -> Result<Overdue> {
+        let count = async |query: &'static str, before_ms: i64| -> Result<i64> {
+            Ok(on!(self, readers, |conn| sqlx::query_scalar(query)
+                .bind(before_ms)
+                .fetch_one(conn)
+                .await?))
+        };
+        Ok(Overdue {
+            uploads: count(
+                "SELECT CAST(count(*) AS BIGINT) FROM blobs
+                 WHERE state IN ('staging', 'committed') AND created_at_ms <= $1",
+                uploads_before_ms,
+            )
+            .await?,
+            tombstones: count(
+                "SELECT CAST(count(*) AS BIGINT) FROM blobs WHERE state = 'deleting' AND changed_at_ms <= $1",
+                dead_before_ms,
+            )
+            .await?,
+            garbage: count(
+                "SELECT CAST(count(*) AS BIGINT) FROM garbage WHERE created_at_ms <= $1",
+                dead_before_ms,
+            )
+            .await?,
+        })
+    }
+}
