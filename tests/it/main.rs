@@ -2,5 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "tests may panic")]
 
+mod bad_inputs;
 mod common;
+mod routes;
 mod storage_contract;
