@@ -4,5 +4,6 @@
 
 mod common;
 mod db_contract;
+mod layers;
 mod replicas;
 mod storage_contract;
