@@ -6,6 +6,7 @@ mod bad_inputs;
 mod clients;
 mod common;
 mod db_contract;
+mod layers;
 mod replicas;
 mod routes;
 mod storage_contract;
