@@ -2,8 +2,11 @@
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
+mod bad_inputs;
 mod clients;
 mod common;
 mod db_contract;
+mod layers;
 mod replicas;
+mod routes;
 mod storage_contract;

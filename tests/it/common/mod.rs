@@ -1,7 +1,9 @@
 //! What several tests share: whole servers, in this process or as processes of their own, and stand-ins for S3.
 
 pub mod client;
+pub mod issuer;
 pub mod process;
+pub mod raw;
 pub mod s3;
 
 use std::sync::Arc;
@@ -66,7 +68,7 @@ pub async fn config(backend: Backend, directory: &TempDir, s3: Option<&S3Server>
         let s3 = s3.expect("the backend has a store");
         let secret_file = directory.path().join("root.secret");
         if !secret_file.exists() {
-            std::fs::write(&secret_file, "0123456789abcdef-fedcba9876543210-test-only").unwrap();
+            std::fs::write(&secret_file, "m7Qx2vTz-9cLrW4pK-e1HbYu6N-for-tests-only").unwrap();
             let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
             std::fs::set_permissions(&secret_file, private).unwrap();
         }

@@ -1,0 +1,993 @@
+//! `tests/bad-inputs.tsv`, row by row: hostile requests, byte for byte, and the answers they must get.
+//!
+//! What a row asks for stands here, what must come back stands in its columns. `http` and `code` hold one answer for
+//! all requests of the row, or one for each, divided by `;`; `code` counts refused requests only, `×3` repeats one.
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use futures_util::TryStreamExt;
+use serde_json::{Value, json};
+use wharfinger::model::{BlobId, BlobKind};
+use wharfinger::papers::Permission;
+
+use super::common::raw::{Reply, exchange, request};
+use super::common::{Backend, Job, TestServer, block_link, block_list, issuer};
+
+const TABLE: &str = include_str!("../bad-inputs.tsv");
+/// The rows that must have code here, from and to.
+const NAMED: [(&str, &str); 9] = [
+    ("B001", "B004"),
+    ("B006", "B008"),
+    ("B010", "B012"),
+    ("B015", "B019"),
+    ("B021", "B022"),
+    ("B025", "B049"),
+    ("B060", "B094"),
+    ("B125", "B125"),
+    ("B140", "B140"),
+];
+/// Rows for which the server has no surface yet, from and to, and what brings it.
+const NOT_YET: [(&str, &str, &str); 14] = [
+    ("B005", "B005", "comes with issuers that sign with RSA keys"),
+    ("B014", "B014", "comes with GitHub as an issuer"),
+    ("B020", "B020", "comes with the revocation of tokens"),
+    ("B024", "B024", "comes with API tokens"),
+    ("B051", "B051", "comes with protobuf bodies"),
+    ("B100", "B109", "comes with the cache service"),
+    ("B120", "B123", "comes with version 3 of the artifact protocol"),
+    ("B126", "B128", "comes with version 3 of the artifact protocol"),
+    ("B129", "B129", "comes with version 1 of the cache protocol"),
+    ("B131", "B134", "comes with REST"),
+    ("B141", "B148", "comes with the limits on connections and overload"),
+    ("B150", "B151", "comes with token exchange"),
+    ("B152", "B158", "comes with the web pages"),
+    ("B159", "B164", "comes with quotas and the limits on overload"),
+];
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// Small, so that rows need few requests to reach them.
+const MAX_PER_JOB: usize = 20;
+const MAX_ARTIFACT_BYTES: u64 = 1024 * 1024;
+
+struct Row {
+    id: &'static str,
+    statuses: Vec<u16>,
+    codes: Vec<&'static str>,
+}
+
+impl Row {
+    fn parse(line: &'static str) -> Self {
+        let columns: Vec<&str> = line.split('\t').collect();
+        let [id, _request, _auth, http, code, ..] = columns[..] else {
+            panic!("a row has six columns: {line}");
+        };
+        let repeated = |code: &'static str| match code.rsplit_once(" ×") {
+            Some((code, times)) => vec![code; times.parse().unwrap()],
+            None => vec![code],
+        };
+        Self {
+            id,
+            // Rows that are not run yet may say more than a number.
+            statuses: http
+                .split(';')
+                .filter_map(|status| status.trim().parse().ok())
+                .collect(),
+            codes: code.split(';').map(str::trim).flat_map(repeated).collect(),
+        }
+    }
+}
+
+/// The one of `answers` that is meant for the request `number`.
+fn expected<T: Copy>(row: &Row, answers: &[T], number: usize) -> T {
+    match answers {
+        [one] => *one,
+        all => *all
+            .get(number)
+            .unwrap_or_else(|| panic!("{}: no answer for request {number}", row.id)),
+    }
+}
+
+/// A row being played, in a workflow run of its own.
+struct Case<'a> {
+    server: &'a TestServer,
+    row: &'a Row,
+    job: Job<'a>,
+    sent: usize,
+    refused: usize,
+    /// The artifacts that the row may leave in its run.
+    left: Vec<String>,
+}
+
+impl<'a> Case<'a> {
+    fn new(server: &'a TestServer, row: &'a Row) -> Self {
+        Self {
+            server,
+            row,
+            job: server.job_of("octo/demo", row.id, "build"),
+            sent: 0,
+            refused: 0,
+            left: Vec::new(),
+        }
+    }
+
+    fn now_s(&self) -> i64 {
+        self.server.app.services.clock.now_ms() / 1000
+    }
+
+    /// Sends the row's next request and compares the reply with the table.
+    async fn send(&mut self, bytes: Vec<u8>) -> Reply {
+        let row = self.row;
+        let line = String::from_utf8_lossy(&bytes[..bytes.len().min(120)]).into_owned();
+        let what = || format!("{} request {}: {line}", row.id, self.sent);
+        let reply = tokio::time::timeout(ANSWER_WITHIN, exchange(&self.server.url, &bytes)).await;
+        let reply = reply.unwrap_or_else(|_| panic!("{} was not answered in time", what()));
+        assert_eq!(
+            reply.status,
+            expected(row, &row.statuses, self.sent),
+            "{} {reply:?}",
+            what()
+        );
+        // Codes in brackets: hyper answers, in no dialect.
+        if !row.codes[0].starts_with('(') {
+            let refusal = (reply.status >= 400).then(|| expected(row, &row.codes, self.refused));
+            let target = line.split(' ').nth(1).unwrap();
+            if target.contains("/twirp/") {
+                let answer = reply.json();
+                assert_eq!(reply.header("content-type"), Some("application/json"), "{}", what());
+                if let Some(code) = refusal {
+                    assert_eq!(answer["code"], code, "{} {answer}", what());
+                    assert!(answer["msg"].as_str().is_some_and(|msg| !msg.is_empty()), "{}", what());
+                }
+            } else {
+                assert!(target.starts_with("/blob/"), "{}", what());
+                assert!(reply.header("x-ms-request-id").is_some(), "{}", what());
+                assert_eq!(reply.header("x-ms-error-code"), refusal, "{}", what());
+                if let Some(code) = refusal.filter(|_| !line.starts_with("HEAD ")) {
+                    let body = reply.text();
+                    let begins =
+                        format!("<?xml version=\"1.0\" encoding=\"utf-8\"?><Error><Code>{code}</Code><Message>");
+                    assert!(
+                        body.starts_with(&begins) && body.ends_with("</Message></Error>"),
+                        "{body}"
+                    );
+                }
+            }
+        }
+        self.sent += 1;
+        self.refused += usize::from(reply.status >= 400);
+        reply
+    }
+
+    /// Passes over a request that can't be sent yet.
+    fn not_yet(&self, part: &str, why: &str) {
+        println!("not yet: {} {part}: {why}", self.row.id);
+    }
+
+    /// The row's run and job, and `fields`, as a message.
+    fn message(&self, fields: Value) -> Value {
+        let mut message = json!({
+            "workflow_run_backend_id": self.job.run,
+            "workflow_job_run_backend_id": self.job.job,
+        });
+        message
+            .as_object_mut()
+            .unwrap()
+            .extend(fields.as_object().unwrap().clone());
+        message
+    }
+
+    /// A call with the row's good token.
+    async fn call(&mut self, method: &str, fields: Value) -> Reply {
+        let message = self.message(fields);
+        self.post(method, message.to_string()).await
+    }
+
+    /// Any body to a method, with the row's good token.
+    async fn post(&mut self, method: &str, body: impl AsRef<[u8]>) -> Reply {
+        let bearer = format!("Bearer {}", self.job.token);
+        self.post_with(method, &[JSON, ("Authorization", &bearer)], body).await
+    }
+
+    async fn post_with(&mut self, method: &str, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Reply {
+        self.send(request("POST", &twirp(method), headers, body.as_ref())).await
+    }
+
+    /// A good list with these headers, which are the point of the row.
+    async fn list_with(&mut self, headers: &[(&str, &str)]) -> Reply {
+        let message = self.message(json!({}));
+        self.post_with("ListArtifacts", &[&[JSON], headers].concat(), message.to_string())
+            .await
+    }
+
+    async fn list_as(&mut self, token: &str) -> Reply {
+        self.list_with(&[("Authorization", &format!("Bearer {token}"))]).await
+    }
+
+    /// Claims of the forge for the row's job, with `changes` laid over them; `null` stays `null`.
+    fn claims(&self, changes: Value) -> Value {
+        let now_ms = self.server.app.services.clock.now_ms();
+        let mut claims = issuer::claims("forge", "octo/demo", &self.job.run, &self.job.job, now_ms);
+        claims["aud"] = json!("wharfinger");
+        claims
+            .as_object_mut()
+            .unwrap()
+            .extend(changes.as_object().unwrap().clone());
+        claims
+    }
+
+    async fn list_with_claims(&mut self, changes: Value) -> Reply {
+        let token = forge_token(issuer::HEADER, &self.claims(changes).to_string());
+        self.list_as(&token).await
+    }
+
+    async fn list_with_header(&mut self, header: &str) -> Reply {
+        let token = forge_token(header, &self.claims(json!({})).to_string());
+        self.list_as(&token).await
+    }
+
+    /// Creates an artifact named after the row and returns its link.
+    async fn create(&self) -> String {
+        self.job.create(self.row.id).await
+    }
+
+    async fn finalize(&self, size: usize) {
+        let fields = json!({ "name": self.row.id, "size": size.to_string() });
+        let (status, reply) = self.job.call("FinalizeArtifact", fields).await;
+        assert_eq!(status, 200, "{}: {reply}", self.row.id);
+    }
+
+    /// Uploads an artifact named after the row, which stays.
+    async fn upload(&mut self, bytes: &[u8]) {
+        self.job.upload(self.row.id, bytes).await;
+        self.left.push(self.row.id.to_owned());
+    }
+
+    async fn delete(&mut self) {
+        let (status, _) = self.job.call("DeleteArtifact", json!({ "name": self.row.id })).await;
+        assert_eq!(status, 200);
+        self.left.clear();
+    }
+
+    async fn stage(&self, link: &str, id: &str, bytes: &[u8]) {
+        assert_eq!(self.job.put(&block_link(link, id), bytes.to_vec()).await.0, 201);
+    }
+
+    async fn put(&mut self, url: &str, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Reply {
+        let target = target(self.server, url);
+        self.send(request("PUT", target, headers, body.as_ref())).await
+    }
+
+    async fn put_list(&mut self, link: &str, body: impl AsRef<[u8]>) -> Reply {
+        self.put(&format!("{link}&comp=blocklist"), &[], body).await
+    }
+
+    async fn get(&mut self, url: &str, headers: &[(&str, &str)]) -> Reply {
+        self.send(request("GET", target(self.server, url), headers, b"")).await
+    }
+
+    /// After a row: all answers of the table were asked for, good requests succeed, nothing new is there.
+    async fn finish(mut self) -> Vec<String> {
+        let id = self.row.id;
+        assert!(self.sent > 0, "{id} sends nothing");
+        for (answers, asked) in [
+            (self.row.statuses.len(), self.sent),
+            (self.row.codes.len(), self.refused),
+        ] {
+            assert!(
+                answers == 1 || answers == asked,
+                "{id}: {answers} answers for {asked} requests"
+            );
+        }
+        let token = forge_token(issuer::HEADER, &self.claims(json!({})).to_string());
+        let forge = Job {
+            token,
+            server: self.server,
+            run: id.to_owned(),
+            job: "build".to_owned(),
+        };
+        assert_eq!(
+            forge.names().await,
+            Vec::<String>::new(),
+            "{id}: the forge's run is another"
+        );
+        let mut names = self.job.names().await;
+        names.sort();
+        self.left.sort();
+        assert_eq!(names, self.left, "{id}");
+        names
+    }
+}
+
+const JSON: (&str, &str) = ("Content-Type", "application/json");
+
+fn twirp(method: &str) -> String {
+    format!("/twirp/github.actions.results.api.v1.ArtifactService/{method}")
+}
+
+fn target<'a>(server: &TestServer, url: &'a str) -> &'a str {
+    url.strip_prefix(&server.url).unwrap()
+}
+
+fn forge_token(header: &str, claims: &str) -> String {
+    issuer::sign(issuer::secret("forge").as_bytes(), header, claims)
+}
+
+fn blob_of(link: &str) -> BlobId {
+    let (_, rest) = link.split_once("/blob/art/").unwrap();
+    BlobId(rest.split('?').next().unwrap().parse().unwrap())
+}
+
+/// A link with one parameter's value replaced.
+fn with_param(link: &str, name: &str, value: &str) -> String {
+    let (path, query) = link.split_once('?').unwrap();
+    let parameter = |parameter: &str| match parameter.split_once('=') {
+        Some((known, _)) if known == name => format!("{name}={value}"),
+        _ => parameter.to_owned(),
+    };
+    let query: Vec<String> = query.split('&').map(parameter).collect();
+    format!("{path}?{}", query.join("&"))
+}
+
+fn param<'a>(link: &'a str, name: &str) -> &'a str {
+    let (_, query) = link.split_once('?').unwrap();
+    let mut parameters = query.split('&').map(|parameter| parameter.split_once('=').unwrap());
+    parameters.find(|(known, _)| *known == name).unwrap().1
+}
+
+/// Makes the list of the rows with code together with the code, so that neither goes without the other.
+macro_rules! rows {
+    ($case:ident; $($id:literal => $code:block)*) => {
+        const CODED: &[&str] = &[$($id),*];
+
+        async fn play(id: &str, $case: &mut Case<'_>) {
+            match id {
+                $($id => $code)*
+                _ => panic!("row {id} has no code"),
+            }
+        }
+    };
+}
+
+rows! { case;
+    "B001" => {
+        let message = case.message(json!({ "name": "x", "version": 4 }));
+        let reply = case.post_with("CreateArtifact", &[JSON], message.to_string()).await;
+        assert_eq!(reply.header("www-authenticate"), Some("Bearer"));
+    }
+    "B002" => {
+        case.list_with(&[("Authorization", "Basic b2N0bzpjYXQ=")]).await;
+    }
+    "B003" => {
+        let good = format!("Bearer {}", case.job.token);
+        for two in [[&good[..], "Bearer bad"], ["Bearer bad", &good]] {
+            case.list_with(&two.map(|value| ("Authorization", value))).await;
+        }
+    }
+    "B004" => {
+        let claims = URL_SAFE_NO_PAD.encode(case.claims(json!({})).to_string());
+        for alg in ["none", "None", "nOnE"] {
+            let header = URL_SAFE_NO_PAD.encode(format!(r#"{{"alg":"{alg}","typ":"JWT"}}"#));
+            case.list_as(&format!("{header}.{claims}.")).await;
+        }
+    }
+    "B006" => {
+        let claims = case.claims(json!({})).to_string();
+        for key in [&b""[..], b"\xba\xdb\xee\xf0", b"BADBEEF0"] {
+            case.list_as(&issuer::sign(key, issuer::HEADER, &claims)).await;
+        }
+    }
+    "B007" => {
+        for kid in ["../../etc/passwd", "' OR 1=1--"] {
+            case.list_with_header(&format!(r#"{{"alg":"HS256","kid":"{kid}"}}"#)).await;
+        }
+    }
+    "B008" => {
+        let attacker = TcpListener::bind("127.0.0.1:0").unwrap();
+        attacker.set_nonblocking(true).unwrap();
+        let address = attacker.local_addr().unwrap();
+        for header in ["jku", "x5u"] {
+            case.list_with_header(&format!(r#"{{"alg":"HS256","{header}":"http://{address}/keys"}}"#)).await;
+        }
+        case.list_with_header(r#"{"alg":"HS256","jwk":{"kty":"oct","k":"AAAA"}}"#).await;
+        assert!(attacker.accept().is_err(), "the server asked the attacker for a key");
+    }
+    "B010" => {
+        for exp in [json!("never"), json!(null)] {
+            case.list_with_claims(json!({ "exp": exp })).await;
+        }
+        let good = case.claims(json!({}));
+        let exp = format!("\"exp\":{}", good["exp"]);
+        let claims = good.to_string();
+        assert!(claims.contains(&exp));
+        case.list_as(&forge_token(issuer::HEADER, &claims.replace(&exp, "\"exp\":1e400"))).await;
+        case.list_as(&forge_token(issuer::HEADER, &claims.replace(&exp, "\"n\":1"))).await;
+    }
+    "B011" => {
+        case.list_with_claims(json!({ "nbf": "99999999999" })).await;
+        case.list_with_claims(json!({ "nbf": case.now_s() + 3600 })).await;
+    }
+    "B012" => {
+        for ago in [61, 59] {
+            case.list_with_claims(json!({ "exp": case.now_s() - ago })).await;
+        }
+    }
+    "B015" => {
+        case.list_with_claims(json!({ "iss": "https://evil.example" })).await;
+        case.list_with_claims(json!({ "aud": "another" })).await;
+        case.list_with_claims(json!({ "aud": ["wharfinger", "evil"] })).await;
+    }
+    "B016" => {
+        let good = format!("Actions.Results:{}:build", case.job.run);
+        for scp in [
+            "Actions.Other:a:b".to_owned(),
+            format!("{good} {good}"),
+            "Actions.Results:a".to_owned(),
+            "Actions.Results:a:b:c".to_owned(),
+        ] {
+            case.list_with_claims(json!({ "scp": scp })).await;
+        }
+    }
+    "B017" => {
+        let scope = |permission: Value| json!({ "Scope": "refs/heads/main", "Permission": permission });
+        for ac in [
+            json!("[{"),
+            json!([scope(json!(3))]),
+            json!(json!(vec![json!({}); 10_000]).to_string()),
+            json!(json!(vec![scope(json!(3)); 17]).to_string()),
+            json!(json!([scope(json!(4))]).to_string()),
+            json!(json!([scope(json!(-1))]).to_string()),
+            json!(json!([scope(json!("3"))]).to_string()),
+        ] {
+            case.list_with_claims(json!({ "ac": ac })).await;
+        }
+    }
+    "B019" => {
+        let token = forge_token(issuer::HEADER, &case.claims(json!({})).to_string());
+        let (signed, signature) = token.rsplit_once('.').unwrap();
+        for bit in 0..256 {
+            let mut bytes = URL_SAFE_NO_PAD.decode(signature).unwrap();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            case.list_as(&format!("{signed}.{}", URL_SAFE_NO_PAD.encode(bytes))).await;
+        }
+    }
+    "B021" => {
+        let fields = json!({ "workflow_run_backend_id": "B", "name": "x", "version": 4 });
+        case.call("CreateArtifact", fields).await;
+    }
+    "B022" => {
+        case.server.job_of("octo/other", "other-run", "build").upload("x", b"x").await;
+        for method in ["ListArtifacts", "GetSignedArtifactURL", "DeleteArtifact"] {
+            let mut bodies = Vec::new();
+            for run in ["other-run", "missing-run"] {
+                let fields = json!({ "workflow_run_backend_id": run, "name": "x" });
+                bodies.push(case.call(method, fields).await.text());
+            }
+            assert_eq!(bodies[0], bodies[1], "{method}");
+        }
+    }
+    "B025" => {
+        case.call("Nope", json!({})).await;
+        let bearer = format!("Bearer {}", case.job.token);
+        let headers = [("Authorization", bearer.as_str())];
+        case.send(request("GET", &twirp("CreateArtifact"), &headers, b"")).await;
+        case.send(request("POST", "/twirp/Other.Service/X", &headers, b"{}")).await;
+    }
+    "B026" => {
+        let bearer = format!("Bearer {}", case.job.token);
+        let message = case.message(json!({})).to_string();
+        for content_type in [
+            Some("text/plain"),
+            None,
+            Some("application/json; charset=utf-16"),
+            Some("application/json; charset=utf-8"),
+        ] {
+            let mut headers = vec![("Authorization", bearer.as_str())];
+            headers.extend(content_type.map(|value| ("Content-Type", value)));
+            case.post_with("ListArtifacts", &headers, &message).await;
+        }
+    }
+    "B027" => {
+        let nesting = "[".repeat(1024 * 1024);
+        let fields = case.message(json!({ "x": 1 })).to_string();
+        let nested = fields.replace("\"x\":1", &format!("\"x\":{}{}", "[".repeat(65), "]".repeat(65)));
+        for body in ["", "[]", "null", "{\"name\":", &nesting, &nested] {
+            case.post("ListArtifacts", body).await;
+        }
+    }
+    "B028" => {
+        case.call("CreateArtifact", json!({ "name": "x", "padding": "x".repeat(2 * 1024 * 1024) })).await;
+    }
+    "B029" => {
+        let body = case.message(json!({ "name": "N" })).to_string();
+        let named = |name: &[u8]| {
+            let (before, after) = body.split_once("\"N\"").unwrap();
+            [before.as_bytes(), b"\"", name, b"\"", after.as_bytes()].concat()
+        };
+        for body in [
+            named(b"\\ud800"),
+            named(b"a\xffb"),
+            [b"\xef\xbb\xbf", body.as_bytes()].concat(),
+            named(b"\xc0\xaf"),
+        ] {
+            case.post("CreateArtifact", body).await;
+        }
+    }
+    "B030" => {
+        case.call("CreateArtifact", json!({ "name": "a\0b" })).await;
+    }
+    "B031" => {
+        case.call("CreateArtifact", json!({ "name": "" })).await;
+        case.call("CreateArtifact", json!({})).await;
+        for length in [1_000_000, 256] {
+            case.call("CreateArtifact", json!({ "name": "x".repeat(length) })).await;
+        }
+    }
+    "B033" => {
+        for name in ["../x", "a/b", "a\\b", "C:\\x", "\\\\srv\\s", ".", ".."] {
+            case.call("CreateArtifact", json!({ "name": name })).await;
+        }
+    }
+    "B033b" => {
+        let name = "..%2f..%2fx";
+        let reply = case.call("CreateArtifact", json!({ "name": name })).await.json();
+        let link = reply["signed_upload_url"].as_str().unwrap();
+        assert!(!link.contains("%2f"), "{link}");
+        assert_eq!(case.job.put(link, b"x".to_vec()).await.0, 201);
+        let (status, _) = case.job.call("FinalizeArtifact", json!({ "name": name, "size": "1" })).await;
+        assert_eq!(status, 200);
+        case.left.push(name.to_owned());
+    }
+    "B034" => {
+        for c in "\":<>*?|\r\n".chars() {
+            case.call("CreateArtifact", json!({ "name": format!("a{c}b") })).await;
+        }
+    }
+    "B038" => {
+        for name in [
+            "<script>alert(1)</script>",
+            "';DROP TABLE artifacts;--",
+            "{{7+7}}",
+            "${jndi:ldap://x}",
+            "=cmd()",
+        ] {
+            case.call("CreateArtifact", json!({ "name": name })).await;
+        }
+    }
+    "B039" => {
+        case.upload(b"x").await;
+        case.call("CreateArtifact", json!({ "name": "B039", "version": 4 })).await;
+    }
+    "B040" => {
+        for version in [json!(2_147_483_648_u32), json!("x"), json!(1.5)] {
+            case.call("CreateArtifact", json!({ "name": "x", "version": version })).await;
+        }
+    }
+    "B042" => {
+        for mime_type in ["text/html\r\nSet-Cookie: x".to_owned(), "x".repeat(10 * 1024)] {
+            case.call("CreateArtifact", json!({ "name": "x", "mime_type": mime_type })).await;
+        }
+    }
+    "B043" => {
+        for i in 0..MAX_PER_JOB {
+            case.job.create(&format!("x{i}")).await;
+        }
+        let reply = case.call("CreateArtifact", json!({ "name": "one more" })).await;
+        assert!(reply.text().contains("insufficient usage"));
+    }
+    "B044" => {
+        let link = case.create().await;
+        case.call("FinalizeArtifact", json!({ "name": "B044" })).await;
+        case.stage(&link, "QQ==", b"x").await;
+        case.call("FinalizeArtifact", json!({ "name": "B044", "size": "1" })).await;
+    }
+    "B045" => {
+        let link = case.create().await;
+        assert_eq!(case.job.put(&link, b"12345".to_vec()).await.0, 201);
+        for size in [json!(-1), json!("9223372036854775808"), json!("1e3"), json!("6")] {
+            case.call("FinalizeArtifact", json!({ "name": "B045", "size": size })).await;
+        }
+        case.finalize(5).await;
+        case.left.push("B045".to_owned());
+    }
+    "B047" => {
+        case.call("FinalizeArtifact", json!({ "name": "unknown", "size": "1" })).await;
+        case.upload(b"x").await;
+        case.delete().await;
+        case.call("FinalizeArtifact", json!({ "name": "B047", "size": "1" })).await;
+    }
+    "B048" => {
+        let link = case.create().await;
+        assert_eq!(case.job.put(&link, b"x".to_vec()).await.0, 201);
+        let hash = "sha256:2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881";
+        let fields = json!({ "name": "B048", "size": "1", "hash": hash });
+        let first = case.call("FinalizeArtifact", fields.clone()).await.json();
+        let second = case.call("FinalizeArtifact", fields).await.json();
+        assert_eq!(first, second);
+        let other = json!({ "name": "B048", "size": "1", "hash": hash.replace("2d71", "0000") });
+        case.call("FinalizeArtifact", other).await;
+        case.left.push("B048".to_owned());
+    }
+    "B049" => {
+        case.upload(b"x").await;
+        for filter in ["%", "_", "B04_", "a' OR '1'='1", "\\"] {
+            let reply = case.call("ListArtifacts", json!({ "name_filter": filter })).await;
+            assert_eq!(reply.json(), json!({ "artifacts": [] }), "{filter}");
+        }
+    }
+    "B060" => {
+        let link = case.create().await;
+        let (rest, sig) = link.split_once("&sig=").unwrap();
+        for bad in [String::new(), "&sig=".into(), format!("&sig={}", &sig[1..]), format!("&sig={}!", &sig[1..])] {
+            case.put(&format!("{rest}{bad}"), &[], "x").await;
+        }
+    }
+    "B061" => {
+        let link = case.create().await;
+        let other = case.job.create("other").await;
+        let se = param(&link, "se").parse::<i64>().unwrap() + 1;
+        for altered in [
+            link.replace(&blob_of(&link).to_string(), &blob_of(&other).to_string()),
+            link.replace("/blob/art/", "/blob/cache/"),
+            with_param(&link, "sv", "2"),
+            with_param(&link, "sp", "r"),
+            with_param(&link, "se", &se.to_string()),
+            with_param(&link, "sk", "2"),
+        ] {
+            assert_ne!(altered, link);
+            case.put(&altered, &[], "x").await;
+        }
+    }
+    "B062" => {
+        let link = case.create().await;
+        let (id, se) = (blob_of(&link).to_string(), param(&link, "se"));
+        let (id_start, id_end) = id.split_at(id.len() - 1);
+        let (se_start, se_end) = se.split_at(se.len() - 1);
+        for moved in [
+            with_param(&with_param(&link, "se", se_start), "sk", &format!("{se_end}1")),
+            with_param(&with_param(&link, "se", &format!("{se}1")), "sk", ""),
+            with_param(&link.replace(&id, id_start), "se", &format!("{id_end}{se}")),
+            with_param(&link.replace(&id, &format!("{id}{}", &se[..1])), "se", &se[1..]),
+            with_param(&with_param(&link, "sv", "1w"), "sp", ""),
+            with_param(&with_param(&link, "sv", ""), "sp", "1w"),
+            with_param(&link, "sp", "wart").replace("/blob/art/", "/blob//"),
+        ] {
+            assert_ne!(moved, link);
+            case.put(&moved, &[], "x").await;
+        }
+    }
+    "B063" => {
+        case.not_yet("a cache's link", "comes with the cache service");
+        // In its stead an artifact's link used as a cache's.
+        let write = case.create().await;
+        case.put(&write.replace("/blob/art/", "/blob/cache/"), &[], "x").await;
+        let until_s = case.now_s() + 600;
+        let papers = &case.server.app.services.papers;
+        let read = papers.sign_link(BlobKind::Artifact, Permission::Read, blob_of(&write), until_s);
+        case.put(&read, &[], "x").await;
+        case.get(&write, &[]).await;
+    }
+    "B065" => {
+        let link = case.create().await;
+        let past_s = case.now_s() - 1;
+        let papers = &case.server.app.services.papers;
+        let past = papers.sign_link(BlobKind::Artifact, Permission::Write, blob_of(&link), past_s);
+        case.put(&past, &[], "x").await;
+        for se in ["99999999999999999999", "-1", "1e9"] {
+            case.put(&with_param(&link, "se", se), &[], "x").await;
+        }
+    }
+    "B066" => {
+        case.not_yet("a retired key", "comes with the rotation of keys");
+        let link = case.create().await;
+        case.put(&with_param(&link, "sk", "unknown"), &[], "x").await;
+    }
+    "B067" => {
+        let link = case.create().await;
+        case.stage(&link, "QQ==", b"a").await;
+        case.stage(&link, "Qg==", b"bb").await;
+        case.put_list(&link, block_list(&["QQ==", "Qg=="])).await;
+        case.put_list(&link, block_list(&["Qg=="])).await;
+        case.put(&link, &[], "whole").await;
+        case.stage(&link, "QQ==", b"a").await;
+        case.stage(&link, "Qg==", b"bb").await;
+        let list = block_list(&["Qg==", "QQ=="]);
+        assert_eq!(case.job.put(&format!("{link}&comp=blocklist"), list.clone()).await.0, 201);
+        case.finalize(3).await;
+        case.left.push("B067".to_owned());
+        case.put_list(&link, list).await;
+        case.put_list(&link, block_list(&["QQ=="])).await;
+        case.put(&block_link(&link, "QQ=="), &[], "c").await;
+        assert_eq!(case.job.download("B067").await, b"bba");
+    }
+    "B068" => {
+        let link = case.create().await;
+        assert_eq!(case.job.put(&link, b"x".to_vec()).await.0, 201);
+        case.finalize(1).await;
+        case.delete().await;
+        case.put(&link, &[], "x").await;
+        case.put(&block_link(&link, "QQ=="), &[], "x").await;
+        case.put_list(&link, block_list(&[])).await;
+        let link = case.create().await;
+        case.server.advance(case.server.config.uploads.abandoned_after);
+        let report = case.server.app.services.clean().await.unwrap().unwrap();
+        assert!(report.abandoned_uploads > 0);
+        let papers = &case.server.app.services.papers;
+        let link = papers.sign_link(BlobKind::Artifact, Permission::Write, blob_of(&link), case.now_s() + 600);
+        case.put(&link, &[], "x").await;
+        // The first token has expired meanwhile.
+        case.job = case.server.job_of("octo/demo", "B068", "build");
+    }
+    "B069" => {
+        let write = case.create().await;
+        let papers = &case.server.app.services.papers;
+        let read = papers.sign_link(BlobKind::Artifact, Permission::Read, blob_of(&write), case.now_s() + 600);
+        case.get(&read, &[]).await;
+        assert_eq!(case.job.put(&write, b"x".to_vec()).await.0, 201);
+        case.get(&read, &[]).await;
+        case.finalize(1).await;
+        let link = case.job.link("B069").await;
+        case.delete().await;
+        case.get(&link, &[]).await;
+    }
+    "B070" => {
+        let link = case.create().await;
+        for comp in ["comp=Block", "comp=copy", "comp=lease", "comp=appendblock", "comp=", "comp=block&comp=block"] {
+            case.put(&format!("{link}&{comp}&blockid=QQ%3D%3D"), &[], "x").await;
+        }
+    }
+    "B072" => {
+        let link = case.create().await;
+        let long = STANDARD.encode([b'x'; 65]);
+        case.put(&format!("{link}&comp=block"), &[], "x").await;
+        for id in ["", "not base64", &long, "Li4vLi4v"] {
+            case.put(&block_link(&link, &id.replace(' ', "%20")), &[], "x").await;
+        }
+    }
+    "B075" => {
+        let link = case.create().await;
+        for url in [link.clone(), block_link(&link, "QQ=="), format!("{link}&comp=blocklist")] {
+            case.put(&url, &[("Transfer-Encoding", "chunked")], "5\r\nhello\r\n0\r\n\r\n").await;
+        }
+    }
+    "B076" => {
+        let link = case.create().await;
+        for length in ["-1", "+5", "5,5", "5, 6", "18446744073709551616"] {
+            case.put(&link, &[("Content-Length", length)], "hello").await;
+        }
+        case.put(&link, &[("Content-Length", "5"), ("Content-Length", "6")], "hello").await;
+    }
+    "B077" => {
+        let link = case.create().await;
+        let uploads = &case.server.config.uploads;
+        for (url, limit) in [
+            (block_link(&link, "QQ=="), uploads.max_block_bytes),
+            (link, uploads.max_put_blob_bytes),
+        ] {
+            // The body never comes: the answer does not wait for it.
+            case.put(&url, &[("Content-Length", &(limit + 1).to_string())], "").await;
+        }
+    }
+    "B078" => {
+        let link = case.create().await;
+        let (md5, crc64) = (STANDARD.encode([0; 16]), STANDARD.encode([0; 8]));
+        let short = STANDARD.encode([0; 5]);
+        for headers in [
+            vec![("Content-MD5", &md5[..])],
+            vec![("Content-MD5", "not base64")],
+            vec![("Content-MD5", &short)],
+            vec![("Content-MD5", &md5), ("x-ms-content-crc64", &crc64)],
+        ] {
+            case.put(&block_link(&link, "QQ=="), &headers, "x").await;
+        }
+    }
+    "B080" => {
+        let link = case.create().await;
+        case.put_list(&link, block_list(&vec!["QQ=="; 50_001])).await;
+    }
+    "B081" => {
+        let link = case.create().await;
+        case.stage(&link, "QQ==", b"x").await;
+        case.put_list(&link, block_list(&["QQ==", "Qg=="])).await;
+        case.put_list(&link, "<BlockList><Committed>QQ==</Committed></BlockList>").await;
+    }
+    "B082" => {
+        const LIMIT: usize = 8 * 1024 * 1024;
+        let link = case.create().await;
+        case.put_list(&link, vec![b' '; LIMIT + 1024 * 1024]).await;
+        case.put_list(&link, format!("<BlockList><{}/>", "x".repeat(LIMIT - 20))).await;
+        for name in ["a", "xmlns:a"] {
+            let attributes: String = (0..100_000).map(|i| format!(" {name}{i}=\"u\"")).collect();
+            case.put_list(&link, format!("<BlockList{attributes}></BlockList>")).await;
+        }
+    }
+    "B084" => {
+        let link = case.create().await;
+        case.stage(&link, "QQ==", b"x").await;
+        let utf16: Vec<u8> = "\u{feff}<BlockList/>".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        case.put_list(&link, utf16).await;
+        for body in [
+            "\u{feff}<BlockList><Latest>QQ==</Latest></BlockList>",
+            "<BlockList><Latest>QQ==</Latest>",
+            "<BlockList/><BlockList/>",
+            &format!("<BlockList>{}", "<Latest>".repeat(10_000)),
+            "<BlockList>text<Latest>QQ==</Latest></BlockList>",
+            "<BlockList><Latest><![CDATA[QQ==]]></Latest></BlockList>",
+        ] {
+            case.put_list(&link, body).await;
+        }
+    }
+    "B086" => {
+        let link = case.create().await;
+        case.put_list(&link, "<?xml version=\"1.0\" encoding=\"utf-8\"?><BlockList/>").await;
+        case.finalize(0).await;
+        case.left.push("B086".to_owned());
+        assert_eq!(case.job.download("B086").await, b"");
+    }
+    "B087" => {
+        case.not_yet("a repository's quota", "comes with quotas");
+        let link = case.create().await;
+        let block = vec![0; usize::try_from(MAX_ARTIFACT_BYTES / 2).unwrap()];
+        for id in ["QQ==", "Qg=="] {
+            case.stage(&link, id, &block).await;
+        }
+        case.put(&block_link(&link, "Qw=="), &[], "x").await;
+        case.put_list(&link, block_list(&["QQ==", "Qg==", "QQ=="])).await;
+        let length = (MAX_ARTIFACT_BYTES + 1).to_string();
+        case.put(&link, &[("Content-Length", &length)], "").await;
+    }
+    "B088" => {
+        let link = case.create().await;
+        for (id, bytes) in [("QQ==", &b"PK\x03\x04"[..]), ("Qg==", b"\x7fELF"), ("Qw==", b"<html><script>")] {
+            case.put(&block_link(&link, id), &[], bytes).await;
+        }
+    }
+    "B089" => {
+        case.upload(b"0123456789").await;
+        let link = case.job.link("B089").await;
+        let many = format!("bytes={}", vec!["0-0"; 1000].join(","));
+        for (range, body) in [
+            ("bytes=0-0", "0"),
+            ("bytes=-1", "9"),
+            ("bytes=5-", "56789"),
+            ("bytes=999999999999-", ""),
+            ("bytes=5-2", ""),
+            ("bytes=a-b", "0123456789"),
+            (&many, "0123456789"),
+            ("bytes=0-18446744073709551616", "0123456789"),
+        ] {
+            let reply = case.get(&link, &[("Range", range)]).await;
+            match reply.status {
+                416 => assert_eq!(reply.header("content-range"), Some("bytes */10")),
+                _ => assert_eq!(reply.text(), body, "{range}"),
+            }
+        }
+    }
+    "B090" => {
+        case.upload(b"x").await;
+        let link = with_param(&case.job.link("B090").await, "sig", &"A".repeat(43));
+        for header in [("If-Match", "\"junk\""), ("If-None-Match", "*"), ("If-Range", "\"stale\""), ("Range", "bytes=9-")] {
+            case.get(&link, &[header]).await;
+        }
+    }
+    "B091" => {
+        case.upload(b"x").await;
+        let link = with_param(&case.job.link("B091").await, "sig", &"A".repeat(43));
+        case.get(&link, &[]).await;
+        let head = request("HEAD", target(case.server, &link), &[], b"");
+        assert!(case.send(head).await.body.is_empty());
+    }
+    "B092" => {
+        let link = case.create().await;
+        let block = block_link(&link, "QQ==");
+        case.put(&block, &[("x-ms-version", "1")], "x").await;
+        case.put(&block, &[], "x").await;
+        case.put(&block, &[("x-ms-version", &"1".repeat(10 * 1024))], "x").await;
+        case.put(&link, &[("x-ms-blob-type", "PageBlob")], "x").await;
+    }
+    "B094" => {
+        case.upload(b"x").await;
+        let link = case.job.link("B094").await;
+        for added in ["rscd=inline", "response-content-disposition=inline", "rsct=text/html"] {
+            case.get(&format!("{link}&{added}"), &[]).await;
+        }
+    }
+    "B125" => {
+        case.not_yet("on REST", "comes with REST");
+        let bearer = format!("Bearer {}", case.job.token);
+        let headers = [JSON, ("Authorization", &bearer), ("Content-Encoding", "gzip")];
+        case.post_with("ListArtifacts", &headers, b"\x1f\x8b\x08\0\0\0\0\0\0\x03").await;
+    }
+    "B140" => {
+        let bearer = format!("Bearer {}", case.job.token);
+        let message = case.message(json!({ "name": "x", "version": 4 })).to_string();
+        let (own, evil) = (twirp("CreateArtifact"), format!("http://evil.com{}", twirp("CreateArtifact")));
+        for (target, header) in [
+            (&own, ("Host", "evil.com")),
+            (&own, ("X-Forwarded-Host", "evil.com")),
+            (&own, ("X-Forwarded-Proto", "javascript")),
+            (&own, ("Forwarded", "host=evil.com")),
+            (&evil, ("Host", "evil.com")),
+        ] {
+            let headers = [JSON, ("Authorization", &bearer), header];
+            let reply = case.send(request("POST", target, &headers, message.as_bytes())).await.json();
+            let link = reply["signed_upload_url"].as_str().unwrap();
+            assert!(link.starts_with(&format!("{}/blob/art/", case.server.url)), "{link}");
+        }
+    }
+}
+
+/// Whether `id` lies in `from..=to`; `B033b` lies between `B033` and `B034`.
+fn within(id: &str, from: &str, to: &str) -> bool {
+    (from..=to).contains(&id)
+}
+
+async fn play_all(backend: Backend) {
+    let rows: Vec<Row> = TABLE.lines().skip(1).map(Row::parse).collect();
+    for id in CODED {
+        assert!(
+            rows.iter().any(|row| row.id == *id),
+            "{id} has code and is not in the table"
+        );
+    }
+    let server = TestServer::start_with(backend, |config| {
+        issuer::add(config, "forge", Some("wharfinger"));
+        config.artifacts.max_per_job = u32::try_from(MAX_PER_JOB).unwrap();
+        config.artifacts.max_size_bytes = MAX_ARTIFACT_BYTES;
+    })
+    .await;
+    // What B022 leaves in another repository's run.
+    let mut finalized = 1;
+    for row in &rows {
+        let not_yet = NOT_YET.iter().find(|(from, to, _)| within(row.id, from, to));
+        if let Some((_, _, why)) = not_yet {
+            println!("not yet: {}: {why}", row.id);
+            continue;
+        }
+        assert!(
+            NAMED.iter().any(|(from, to)| within(row.id, from, to)),
+            "{} is a new row: give it code or say why it has none",
+            row.id
+        );
+        let mut case = Case::new(&server, row);
+        Box::pin(play(row.id, &mut case)).await;
+        finalized += case.finish().await.len();
+    }
+    leaves_nothing(&server, finalized).await;
+    server.stop().await;
+}
+
+/// What the rows left is what they may leave, and the cleaner takes all of it away in time.
+async fn leaves_nothing(server: &TestServer, finalized: usize) {
+    let services = &server.app.services;
+    let objects = || async { services.store.list_all().try_collect::<Vec<_>>().await.unwrap() };
+    server.advance(server.config.uploads.abandoned_after);
+    services.clean().await.unwrap().unwrap();
+    server.advance(server.config.cleaner.sweep_after + server.config.cleaner.delete_grace);
+    services.clean().await.unwrap().unwrap();
+    let sealed = i64::try_from(finalized).unwrap();
+    assert_eq!(
+        services.db.blob_counts().await.unwrap(),
+        [("sealed".to_owned(), sealed)]
+    );
+    for object in objects().await {
+        assert!(services.db.is_object_in_use(&object.key).await.unwrap(), "{object:?}");
+    }
+    server.advance(server.config.artifacts.default_retention);
+    services.clean().await.unwrap().unwrap();
+    server.advance(server.config.cleaner.sweep_after + server.config.cleaner.delete_grace);
+    services.clean().await.unwrap().unwrap();
+    assert_eq!(services.db.blob_counts().await.unwrap(), []);
+    assert_eq!(objects().await, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_on_sqlite_and_disk() {
+    play_all(Backend::SqliteDisk).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_on_postgres_and_s3() {
+    play_all(Backend::PostgresS3).await;
+}
