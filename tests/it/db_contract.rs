@@ -935,8 +935,8 @@ async fn finalizing_seals_what_was_looked_at(place: Place) {
     assert_eq!(readable.mime_type.as_deref(), Some("application/zip"));
     assert_eq!(readable.content_type.as_deref(), Some("zip"));
     assert_eq!(
-        (readable.size_bytes, readable.revision, readable.sealed_at_ms),
-        (1, 2, NOW + 1)
+        (readable.size_bytes, readable.lost, readable.sealed_at_ms),
+        (1, false, NOW + 1)
     );
     assert_eq!((readable.sha256, readable.unverified), (Some(HASH), false));
     assert!(place.db.readable_blob(BlobId::fresh(), NOW).await.unwrap().is_none());
