@@ -1,7 +1,7 @@
 //! Artifacts: names within a workflow run, each pointing at a blob.
 //!
-//! Called by `service/artifacts.rs`. Every look-up carries the whole key of the run. Locks are taken blob first,
-//! artifact second, so that no two of these transactions wait for each other.
+//! Called by `service/artifacts.rs`. Every look-up carries the whole key of the run. Locks are taken artifact first,
+//! blob second, here and wherever both are touched, so that no two transactions wait for each other.
 
 use uuid::Uuid;
 
@@ -103,9 +103,11 @@ impl Db {
         let blob = BlobId::fresh();
         let mut refused = None;
         let created = transaction!(self, durable, |tx| {
+            // Locks the name, so that any number of creates of it go one after the other.
             let there: Option<(i64, String, Uuid, i64)> = sqlx::query_as(
-                "SELECT id, state, blob_id, expires_at_ms FROM artifacts
-                 WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND name = $4 AND run_attempt = $5",
+                "UPDATE artifacts SET state = state
+                 WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND name = $4 AND run_attempt = $5
+                 RETURNING id, state, blob_id, expires_at_ms",
             )
             .bind(&run.issuer)
             .bind(&run.repository)
@@ -114,47 +116,60 @@ impl Db {
             .bind(principal.run_attempt)
             .fetch_optional(&mut *tx)
             .await?;
-            let free = match there {
-                None => true,
-                Some((_, state, _, expires_at_ms)) if state == "finalized" && expires_at_ms > now_ms => {
+            let mut pending = None;
+            if let Some((id, state, old_blob, expires_at_ms)) = there {
+                if state == "finalized" && expires_at_ms > now_ms {
                     refused = Some(Created::Exists);
-                    false
                 }
-                // Pending: the older upload ends here, whoever began it. Expired and not yet cleaned: the name is free.
-                Some((id, state, old_blob, _)) => {
-                    let tombstone = if state == "pending" { "superseded" } else { "expired" };
-                    sqlx::query(
-                        "UPDATE blobs SET state = 'deleting', tombstone = $2, changed_at_ms = $3, cleaned_at_ms = NULL
-                         WHERE id = $1 AND state <> 'deleting'",
-                    )
-                    .bind(old_blob)
-                    .bind(tombstone)
-                    .bind(now_ms)
-                    .execute(&mut *tx)
-                    .await?;
-                    // It may have been finalized since it was read.
-                    sqlx::query("DELETE FROM artifacts WHERE id = $1 AND blob_id = $2 AND state = $3")
-                        .bind(id)
-                        .bind(old_blob)
-                        .bind(state)
-                        .execute(&mut *tx)
-                        .await?
-                        .rows_affected()
-                        == 1
-                }
-            };
-            let placed = if free {
+                // The older upload ends here, whoever began it.
+                let tombstone = if state == "pending" { "superseded" } else { "expired" };
                 sqlx::query(
-                    "INSERT INTO blobs (id, kind, state, revision, size_bytes, verification, verify_lease_until_ms,
-                         created_at_ms, changed_at_ms)
-                     VALUES ($1, $2, 'staging', 0, 0, 'none', 0, $3, $3)",
+                    "UPDATE blobs SET state = 'deleting', tombstone = $2, changed_at_ms = $3, cleaned_at_ms = NULL
+                     WHERE id = $1 AND state <> 'deleting'",
                 )
-                .bind(blob.0)
-                .bind(BlobKind::Artifact.as_str())
+                .bind(old_blob)
+                .bind(tombstone)
                 .bind(now_ms)
                 .execute(&mut *tx)
                 .await?;
-                // Always a fresh id: what was finalized under one never changes.
+                if state == "pending" {
+                    pending = Some(id);
+                } else {
+                    // What was finalized under an id never changes: whoever comes now gets another.
+                    sqlx::query("DELETE FROM artifacts WHERE id = $1")
+                        .bind(id)
+                        .execute(&mut *tx)
+                        .await?;
+                }
+            }
+            sqlx::query(
+                "INSERT INTO blobs (id, kind, state, revision, size_bytes, verification, verify_lease_until_ms,
+                     created_at_ms, changed_at_ms)
+                 VALUES ($1, $2, 'staging', 0, 0, 'none', 0, $3, $3)",
+            )
+            .bind(blob.0)
+            .bind(BlobKind::Artifact.as_str())
+            .bind(now_ms)
+            .execute(&mut *tx)
+            .await?;
+            let placed = if let Some(id) = pending {
+                sqlx::query(
+                    "UPDATE artifacts SET blob_id = $2, job_backend_id = $3, version = $4, mime_type = $5,
+                         created_at_ms = $6, expires_at_ms = $7
+                     WHERE id = $1",
+                )
+                .bind(id)
+                .bind(blob.0)
+                .bind(&principal.job_backend_id)
+                .bind(version)
+                .bind(mime_type)
+                .bind(now_ms)
+                .bind(new.expires_at_ms)
+                .execute(&mut *tx)
+                .await?
+                .rows_affected()
+                    == 1
+            } else {
                 sqlx::query(
                     "INSERT INTO artifacts (issuer, repository, run_backend_id, name, run_attempt, job_backend_id,
                          repository_name, run_id, version, mime_type, state, blob_id, created_at_ms, expires_at_ms)
@@ -178,8 +193,6 @@ impl Db {
                 .await?
                 .rows_affected()
                     == 1
-            } else {
-                false
             };
             if placed && let Some(limit) = new.max_per_job {
                 let count: i64 = sqlx::query_scalar(
@@ -257,6 +270,16 @@ impl Db {
             Sealing::Pending(expected) => ("pending", expected),
         };
         let done = transaction!(self, durable, |tx| {
+            let shown = sqlx::query(
+                "UPDATE artifacts SET state = 'finalized', finalized_at_ms = $3
+                 WHERE id = $1 AND blob_id = $2 AND state = 'pending'",
+            )
+            .bind(candidate.id.0)
+            .bind(candidate.blob.0)
+            .bind(now_ms)
+            .execute(&mut *tx)
+            .await?
+            .rows_affected();
             let sealed = sqlx::query(
                 "UPDATE blobs SET state = 'sealed', verification = $3, sha256 = $4, changed_at_ms = $5
                  WHERE id = $1 AND revision = $2 AND state = 'committed'",
@@ -265,16 +288,6 @@ impl Db {
             .bind(candidate.revision)
             .bind(verification)
             .bind(sha256.map(|sha256| sha256.0.to_vec()))
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
-            let shown = sqlx::query(
-                "UPDATE artifacts SET state = 'finalized', finalized_at_ms = $3
-                 WHERE id = $1 AND blob_id = $2 AND state = 'pending'",
-            )
-            .bind(candidate.id.0)
-            .bind(candidate.blob.0)
             .bind(now_ms)
             .execute(&mut *tx)
             .await?
@@ -392,23 +405,23 @@ impl Db {
     /// Takes an artifact out of everybody's sight and ends its links. `false` if it was gone already.
     pub async fn delete_artifact(&self, artifact: &NewestArtifact, now_ms: i64) -> Result<bool> {
         let deleted = transaction!(self, durable, |tx| {
-            let tombstoned = sqlx::query(
-                "UPDATE blobs SET state = 'deleting', tombstone = 'deleted', changed_at_ms = $2, cleaned_at_ms = NULL
-                 WHERE id = $1 AND state = 'sealed'",
-            )
-            .bind(artifact.blob.0)
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
-            if tombstoned == 0 {
+            let hidden = sqlx::query("DELETE FROM artifacts WHERE id = $1 AND blob_id = $2 AND state = 'finalized'")
+                .bind(artifact.id.0)
+                .bind(artifact.blob.0)
+                .execute(&mut *tx)
+                .await?
+                .rows_affected();
+            if hidden == 0 {
                 None
             } else {
-                sqlx::query("DELETE FROM artifacts WHERE id = $1 AND blob_id = $2")
-                    .bind(artifact.id.0)
-                    .bind(artifact.blob.0)
-                    .execute(&mut *tx)
-                    .await?;
+                sqlx::query(
+                    "UPDATE blobs SET state = 'deleting', tombstone = 'deleted', changed_at_ms = $2, cleaned_at_ms = NULL
+                     WHERE id = $1 AND state = 'sealed'",
+                )
+                .bind(artifact.blob.0)
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await?;
                 Some(())
             }
         });

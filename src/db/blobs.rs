@@ -592,6 +592,10 @@ impl Db {
     /// `true` if this call did it.
     pub async fn fail_verification(&self, blob: BlobId, now_ms: i64) -> Result<bool> {
         let failed = transaction!(self, durable, |tx| {
+            sqlx::query("DELETE FROM artifacts WHERE blob_id = $1")
+                .bind(blob.0)
+                .execute(&mut *tx)
+                .await?;
             let rows = sqlx::query(
                 "UPDATE blobs SET state = 'deleting', tombstone = 'mismatch', verification = 'failed',
                      changed_at_ms = $2, cleaned_at_ms = NULL
@@ -602,15 +606,7 @@ impl Db {
             .execute(&mut *tx)
             .await?
             .rows_affected();
-            if rows == 0 {
-                None
-            } else {
-                sqlx::query("DELETE FROM artifacts WHERE blob_id = $1")
-                    .bind(blob.0)
-                    .execute(&mut *tx)
-                    .await?;
-                Some(())
-            }
+            (rows == 1).then_some(())
         });
         Ok(failed.is_some())
     }

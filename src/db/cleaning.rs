@@ -12,53 +12,64 @@ impl Db {
     /// Takes artifacts whose time is up out of the database and leaves their blobs to be deleted.
     /// Returns how many.
     pub async fn expire_artifacts(&self, now_ms: i64, limit: i64) -> Result<u64> {
-        self.bury(
-            "UPDATE blobs SET state = 'deleting', tombstone = 'expired', changed_at_ms = $3, cleaned_at_ms = NULL
-             WHERE state = 'sealed' AND id IN (
-                 SELECT blob_id FROM artifacts WHERE state <> 'pending' AND expires_at_ms <= $1
-                 ORDER BY expires_at_ms LIMIT $2)
-             RETURNING id",
-            now_ms,
-            now_ms,
-            limit,
-        )
-        .await
+        let expired = transaction!(self, durable, |tx| {
+            let blobs: Vec<Uuid> = sqlx::query_scalar(
+                "DELETE FROM artifacts WHERE id IN (
+                     SELECT id FROM artifacts WHERE state <> 'pending' AND expires_at_ms <= $1
+                     ORDER BY expires_at_ms LIMIT $2)
+                 RETURNING blob_id",
+            )
+            .bind(now_ms)
+            .bind(limit)
+            .fetch_all(&mut *tx)
+            .await?;
+            for blob in &blobs {
+                sqlx::query(
+                    "UPDATE blobs SET state = 'deleting', tombstone = 'expired', changed_at_ms = $2, cleaned_at_ms = NULL
+                     WHERE id = $1 AND state = 'sealed'",
+                )
+                .bind(blob)
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await?;
+            }
+            Some(blobs.len())
+        });
+        Ok(expired.unwrap_or_default() as u64)
     }
 
     /// Gives up on uploads begun at or before `begun_before_ms` and never finalized. Returns how many.
     pub async fn abandon_uploads(&self, begun_before_ms: i64, now_ms: i64, limit: i64) -> Result<u64> {
-        self.bury(
-            "UPDATE blobs SET state = 'deleting', tombstone = 'abandoned', changed_at_ms = $3, cleaned_at_ms = NULL
-             WHERE state IN ('staging', 'committed') AND id IN (
-                 SELECT id FROM blobs WHERE state IN ('staging', 'committed') AND created_at_ms <= $1
-                 ORDER BY created_at_ms LIMIT $2)
-             RETURNING id",
-            begun_before_ms,
-            now_ms,
-            limit,
-        )
-        .await
-    }
-
-    /// Turns blobs into tombstones by `update`, whose parameters are the cut-off, the limit and the time, and
-    /// forgets the artifacts that pointed at them.
-    async fn bury(&self, update: &'static str, cut_off_ms: i64, now_ms: i64, limit: i64) -> Result<u64> {
-        let buried = transaction!(self, durable, |tx| {
-            let blobs: Vec<Uuid> = sqlx::query_scalar(update)
-                .bind(cut_off_ms)
-                .bind(limit)
-                .bind(now_ms)
-                .fetch_all(&mut *tx)
-                .await?;
-            for blob in &blobs {
-                sqlx::query("DELETE FROM artifacts WHERE blob_id = $1")
+        let abandoned = transaction!(self, durable, |tx| {
+            let blobs: Vec<Uuid> = sqlx::query_scalar(
+                "SELECT id FROM blobs WHERE state IN ('staging', 'committed') AND created_at_ms <= $1
+                 ORDER BY created_at_ms LIMIT $2",
+            )
+            .bind(begun_before_ms)
+            .bind(limit)
+            .fetch_all(&mut *tx)
+            .await?;
+            let mut abandoned = 0;
+            for blob in blobs {
+                // One that was finalized meanwhile is neither pending nor open any more.
+                sqlx::query("DELETE FROM artifacts WHERE blob_id = $1 AND state = 'pending'")
                     .bind(blob)
                     .execute(&mut *tx)
                     .await?;
+                abandoned += sqlx::query(
+                    "UPDATE blobs SET state = 'deleting', tombstone = 'abandoned', changed_at_ms = $2,
+                         cleaned_at_ms = NULL
+                     WHERE id = $1 AND state IN ('staging', 'committed')",
+                )
+                .bind(blob)
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await?
+                .rows_affected();
             }
-            Some(blobs.len())
+            Some(abandoned)
         });
-        Ok(buried.unwrap_or_default() as u64)
+        Ok(abandoned.unwrap_or_default())
     }
 
     /// Tombstones from at or before `dead_since_ms` whose objects are still there.

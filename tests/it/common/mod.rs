@@ -225,6 +225,8 @@ impl Job<'_> {
             .http
             .put(link)
             .header("x-ms-blob-type", "BlockBlob")
+            // Said even of an empty body, as the clients do.
+            .header("content-length", body.len())
             .body(body)
             .send()
             .await
