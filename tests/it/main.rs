@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "tests may panic")]
 
+mod artifacts_api;
 mod bad_inputs;
 mod common;
 mod routes;
