@@ -14,7 +14,7 @@ use wharfinger::papers::{MintRequest, Permission};
 use wharfinger::service::Services;
 use wharfinger::storage::Listed;
 
-use super::common::{Backend, Job, TestServer, block_link, block_list, issuer};
+use super::common::{Backend, Job, TestServer, block_link, block_list, issuer, raw};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -645,11 +645,11 @@ async fn nothing_at_all_is_an_artifact_too() {
         let job = server.job();
         for (name, whole) in [("by list", false), ("at once", true)] {
             let link = job.create(name).await;
-            let status = if whole {
-                job.put(&link, Vec::new()).await.0
-            } else {
-                commit(&job, &link, &[]).await.0
-            };
+            let url = if whole { link } else { format!("{link}&comp=blocklist") };
+            // A body of no bytes, whose length reqwest would leave out; the SDKs send it.
+            let body = if whole { Vec::new() } else { block_list(&[]) };
+            let put = raw::request("PUT", url.strip_prefix(&server.url).unwrap(), &[], &body);
+            let status = raw::exchange(&server.url, &put).await.status;
             assert_eq!(status, 201);
             // Protobuf leaves a size of 0 out.
             let fields = json!({ "name": name, "hash": sha256(b"").to_string() });
@@ -994,10 +994,12 @@ async fn a_flipped_byte_is_never_served_whole() {
             flipped[PART / 2] ^= 1;
             std::fs::write(&file, flipped).unwrap();
 
-            let reply = get(server, &job.link(name).await, &[]).await;
-            let refused = !reply.status().is_success();
-            let received = reply.bytes().await;
-            assert!(refused || received.is_err(), "{name}");
+            // The connection may be cut before the reply's head is on its way.
+            let received = async {
+                let reply = server.http.get(job.link(name).await).send().await?;
+                reply.error_for_status()?.bytes().await
+            };
+            assert!(received.await.is_err(), "{name}");
             // The other block is whole.
             let other = if damaged == 0 { PART..2 * PART } else { 0..PART };
             let range = format!("bytes={}-{}", other.start, other.end - 1);
@@ -1048,7 +1050,7 @@ async fn assert_nothing_is_left_in_the_end(server: &TestServer) {
     assert_eq!(services.db.blob_counts().await.unwrap(), []);
     assert_eq!(services.db.garbage(10).await.unwrap(), []);
     if server.s3.is_none() {
-        let blobs = std::fs::read_dir(server.config.data_dir.join("blobs")).unwrap();
+        let blobs = std::fs::read_dir(server.config.data_dir.join("objects/blobs")).unwrap();
         assert_eq!(blobs.count(), 0, "empty directories stay");
     }
 }
