@@ -502,9 +502,12 @@ async fn what_is_not_there_says_so() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn repositories_and_issuers_never_meet() {
-    let issuers = |config: &mut Config| ["forge", "other"].map(|name| issuer::add(config, name, None));
     on_both_with(
-        |config| drop(issuers(config)),
+        |config| {
+            for name in ["forge", "other"] {
+                issuer::add(config, name, None);
+            }
+        },
         async |server| {
             let now_ms = server.app.services.clock.now_ms();
             let of_issuer = |name: &str, repository: &str| {
