@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
+mod artifacts_api;
 mod bad_inputs;
 mod clients;
 mod common;
