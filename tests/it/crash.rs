@@ -288,7 +288,7 @@ async fn killed_during_the_list(wharf: Wharf) {
     const BLOCKS: usize = 2_000;
     const SIZE: usize = 10;
     // How many questions the server still answers after it has the whole list; at last, until it has acknowledged it.
-    const ROUNDS: [usize; 7] = [0, 1, 8, 32, 128, 256, usize::MAX];
+    const ROUNDS: [usize; 7] = [0, 8, 32, 128, 512, 1024, usize::MAX];
     let content: Vec<_> = (0..BLOCKS).map(|n| format!("{n:0SIZE$}")).collect();
     // As clients do it, base64 of equal length.
     let ids: Vec<_> = (0..BLOCKS).map(|n| format!("{n:08}")).collect();

@@ -438,6 +438,7 @@ async fn creating_over_a_pending_name_supersedes_it(place: Place) {
         Some(WritableBlob::Superseded)
     );
     assert_eq!(place.candidate(&attempt(1), "a").await.blob, third);
+    assert!(place.candidate(&attempt(1), "a").await.id > candidate.id);
     // What was looked at before is no longer there to finalize.
     assert!(
         !place
@@ -450,7 +451,7 @@ async fn creating_over_a_pending_name_supersedes_it(place: Place) {
 
 async fn creating_over_an_expired_name_frees_it(place: Place) {
     let job = attempt(1);
-    let (_, old, _) = place.upload(&job, "a", NOW).await;
+    let (id, old, _) = place.upload(&job, "a", NOW).await;
     let late = |now_ms| NewArtifact {
         created_at_ms: now_ms,
         ..new(&job, "a", now_ms)
@@ -466,6 +467,10 @@ async fn creating_over_an_expired_name_frees_it(place: Place) {
     assert_eq!(place.db.writable_blob(old).await.unwrap(), None);
     assert_eq!(place.db.writable_blob(fresh).await.unwrap(), Some(WritableBlob::Open));
     assert_eq!(place.names(&job, NOW + LIFE).await, [""; 0]);
+    // Other content has another id.
+    place.db.commit_whole(fresh, None, None, NOW + LIFE).await.unwrap();
+    let again = place.seal(&job, "a", Sealing::Verified(HASH), NOW + LIFE).await;
+    assert!(again > id);
     assert_eq!(place.db.blobs_to_empty(NOW + LIFE, 10).await.unwrap(), [old]);
 }
 
@@ -980,6 +985,11 @@ async fn lists_and_attempts(place: Place) {
     assert_eq!(list(&second, None, None, NOW).await, [a2, b1]);
     assert_eq!(list(&first, None, None, NOW).await, [b1, a1]);
     assert_eq!(list(&attempt(3), None, None, NOW).await, [a2, b1]);
+    // Newest is what was begun last, also over an upload that was given up.
+    place.begin(&attempt(9), "x", NOW).await;
+    let (y, ..) = place.upload(&attempt(9), "y", NOW).await;
+    let (x, ..) = place.upload(&attempt(9), "x", NOW).await;
+    assert_eq!(list(&attempt(9), None, None, NOW).await, [x, y, a2, b1]);
     assert_eq!(list(&second, Some("a"), None, NOW).await, [a2]);
     assert_eq!(list(&second, Some("A"), None, NOW).await, []);
     assert_eq!(list(&second, None, Some(b1), NOW).await, [b1]);
