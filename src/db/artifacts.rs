@@ -113,32 +113,31 @@ impl Db {
             .bind(now_ms)
             .execute(&mut *tx)
             .await?;
-            let placed = loop {
-                let inserted: Option<i64> = sqlx::query_scalar(
-                    "INSERT INTO artifacts (issuer, repository, run_backend_id, name, run_attempt, job_backend_id,
-                         repository_name, run_id, version, mime_type, state, blob_id, created_at_ms, expires_at_ms)
-                     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'pending', $11, $12, $13)
-                     ON CONFLICT (issuer, repository, run_backend_id, name, run_attempt) DO NOTHING
-                     RETURNING id",
-                )
-                .bind(&run.issuer)
-                .bind(&run.repository)
-                .bind(&run.run_backend_id)
-                .bind(name)
-                .bind(principal.run_attempt)
-                .bind(&principal.job_backend_id)
-                .bind(principal.repository_name.as_deref())
-                .bind(principal.run_id)
-                .bind(version)
-                .bind(mime_type)
-                .bind(blob.0)
-                .bind(now_ms)
-                .bind(new.expires_at_ms)
-                .fetch_optional(&mut *tx)
-                .await?;
-                if inserted.is_some() {
-                    break true;
-                }
+            let inserted: Option<i64> = sqlx::query_scalar(
+                "INSERT INTO artifacts (issuer, repository, run_backend_id, name, run_attempt, job_backend_id,
+                     repository_name, run_id, version, mime_type, state, blob_id, created_at_ms, expires_at_ms)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'pending', $11, $12, $13)
+                 ON CONFLICT (issuer, repository, run_backend_id, name, run_attempt) DO NOTHING
+                 RETURNING id",
+            )
+            .bind(&run.issuer)
+            .bind(&run.repository)
+            .bind(&run.run_backend_id)
+            .bind(name)
+            .bind(principal.run_attempt)
+            .bind(&principal.job_backend_id)
+            .bind(principal.repository_name.as_deref())
+            .bind(principal.run_id)
+            .bind(version)
+            .bind(mime_type)
+            .bind(blob.0)
+            .bind(now_ms)
+            .bind(new.expires_at_ms)
+            .fetch_optional(&mut *tx)
+            .await?;
+            let placed = if inserted.is_some() {
+                true
+            } else {
                 let there: Option<(i64, String, Uuid, i64)> = sqlx::query_as(
                     "SELECT id, state, blob_id, expires_at_ms FROM artifacts
                      WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND name = $4 AND run_attempt = $5",
@@ -150,34 +149,44 @@ impl Db {
                 .bind(principal.run_attempt)
                 .fetch_optional(&mut *tx)
                 .await?;
-                let Some((id, state, old_blob, expires_at_ms)) = there else {
-                    break false;
-                };
-                if state == "finalized" && expires_at_ms > now_ms {
-                    refused = Some(Created::Exists);
-                    break false;
-                }
-                // Expired and not yet cleaned: the name is free. Pending: the older upload ends here, whoever began it.
-                let tombstone = if state == "finalized" { "expired" } else { "superseded" };
-                sqlx::query(
-                    "UPDATE blobs SET state = 'deleting', tombstone = $2, changed_at_ms = $3, cleaned_at_ms = NULL
-                     WHERE id = $1 AND state <> 'deleting'",
-                )
-                .bind(old_blob)
-                .bind(tombstone)
-                .bind(now_ms)
-                .execute(&mut *tx)
-                .await?;
-                // Its row goes with it, so that no id ever means two contents and the newest has the largest.
-                let forgotten = sqlx::query("DELETE FROM artifacts WHERE id = $1 AND blob_id = $2 AND state = $3")
-                    .bind(id)
-                    .bind(old_blob)
-                    .bind(state)
-                    .execute(&mut *tx)
-                    .await?
-                    .rows_affected();
-                if forgotten == 0 {
-                    break false;
+                match there {
+                    Some((_, state, _, expires_at_ms)) if state == "finalized" && expires_at_ms > now_ms => {
+                        refused = Some(Created::Exists);
+                        false
+                    }
+                    // Expired and not yet cleaned: the name is free.
+                    // Pending: the older upload ends here, whoever began it.
+                    Some((id, state, old_blob, _)) => {
+                        let tombstone = if state == "finalized" { "expired" } else { "superseded" };
+                        sqlx::query(
+                            "UPDATE blobs SET state = 'deleting', tombstone = $2, changed_at_ms = $3, cleaned_at_ms = NULL
+                             WHERE id = $1 AND state <> 'deleting'",
+                        )
+                        .bind(old_blob)
+                        .bind(tombstone)
+                        .bind(now_ms)
+                        .execute(&mut *tx)
+                        .await?;
+                        sqlx::query(
+                            "UPDATE artifacts SET state = 'pending', blob_id = $4, job_backend_id = $5, version = $6,
+                                 mime_type = $7, created_at_ms = $8, expires_at_ms = $9, finalized_at_ms = NULL
+                             WHERE id = $1 AND blob_id = $2 AND state = $3",
+                        )
+                        .bind(id)
+                        .bind(old_blob)
+                        .bind(state)
+                        .bind(blob.0)
+                        .bind(&principal.job_backend_id)
+                        .bind(version)
+                        .bind(mime_type)
+                        .bind(now_ms)
+                        .bind(new.expires_at_ms)
+                        .execute(&mut *tx)
+                        .await?
+                        .rows_affected()
+                            == 1
+                    }
+                    None => false,
                 }
             };
             if placed && let Some(limit) = new.max_per_job {
