@@ -36,6 +36,8 @@ const JOB: [&str; 6] = ["--repository", "octo/demo", "--run-id", "7", "--job-id"
 fn env_is_for_eval() {
     let (_directory, mut environment) = embedded();
     environment.set("WHARFINGER_PUBLIC_URL", "https://artifacts.example.com/");
+    // A server was here and made the root secret.
+    introduce(&environment);
     let mut shell = Command::new("sh");
     environment.apply(&mut shell);
     let output = shell

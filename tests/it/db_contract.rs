@@ -438,7 +438,6 @@ async fn creating_over_a_pending_name_supersedes_it(place: Place) {
         Some(WritableBlob::Superseded)
     );
     assert_eq!(place.candidate(&attempt(1), "a").await.blob, third);
-    assert!(place.candidate(&attempt(1), "a").await.id > candidate.id);
     // What was looked at before is no longer there to finalize.
     assert!(
         !place
@@ -985,11 +984,6 @@ async fn lists_and_attempts(place: Place) {
     assert_eq!(list(&second, None, None, NOW).await, [a2, b1]);
     assert_eq!(list(&first, None, None, NOW).await, [b1, a1]);
     assert_eq!(list(&attempt(3), None, None, NOW).await, [a2, b1]);
-    // Newest is what was begun last, also over an upload that was given up.
-    place.begin(&attempt(9), "x", NOW).await;
-    let (y, ..) = place.upload(&attempt(9), "y", NOW).await;
-    let (x, ..) = place.upload(&attempt(9), "x", NOW).await;
-    assert_eq!(list(&attempt(9), None, None, NOW).await, [x, y, a2, b1]);
     assert_eq!(list(&second, Some("a"), None, NOW).await, [a2]);
     assert_eq!(list(&second, Some("A"), None, NOW).await, []);
     assert_eq!(list(&second, None, Some(b1), NOW).await, [b1]);
