@@ -4,8 +4,10 @@
 
 mod artifacts_api;
 mod bad_inputs;
+mod cli;
 mod clients;
 mod common;
+mod crash;
 mod db_contract;
 mod layers;
 mod replicas;
