@@ -345,7 +345,7 @@ impl Db {
                              AND n.run_backend_id = a.run_backend_id AND n.name = a.name
                              AND n.run_attempt > a.run_attempt AND n.run_attempt <= $4
                              AND n.state = 'finalized' AND n.expires_at_ms > $5)
-                 ORDER BY a.id DESC LIMIT $8",
+                 ORDER BY a.created_at_ms DESC, a.id DESC LIMIT $8",
             )
             .bind(issuer)
             .bind(repository)

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::{Services, millis};
 use crate::db::{Created, ListedArtifact, NewArtifact, Sealing};
 use crate::error::{Error, Result};
-use crate::model::{ArtifactId, BlobKind, BlobState, Principal, Sha256};
+use crate::model::{ArtifactId, BlobId, BlobKind, BlobState, Principal, Sha256};
 use crate::papers::Permission;
 
 /// The `[artifacts]` section of the configuration.
@@ -40,6 +40,9 @@ const MAX_NAME_BYTES: usize = 255;
 const MAX_MIME_TYPE_BYTES: usize = 255;
 /// How often Finalize looks again when the content changes under it.
 const FINALIZE_TRIES: usize = 8;
+
+/// A slow store must not keep Finalize from answering: clients give up after 180 s.
+const FINALIZE_PATIENCE: Duration = Duration::from_secs(45);
 
 /// Checks an artifact's name. The one rule for every protocol.
 ///
@@ -168,18 +171,15 @@ impl Services {
                     candidate.size_bytes
                 )));
             }
-            let sealing = if size_bytes <= self.settings.verification.inline_max_bytes {
-                let actual = match self.hash_blob(candidate.blob, size_bytes, None).await? {
-                    Some(actual) => actual,
-                    None => continue,
-                };
-                if let Some(expected) = expected.filter(|expected| *expected != actual) {
-                    metrics::counter!("wharfinger_verification_failed_total").increment(1);
-                    return Err(Error::Invalid(format!("the upload has {actual} and not {expected}")));
+            let sealing = match self.hash_in_time(candidate.blob, size_bytes).await? {
+                Some(actual) => {
+                    if let Some(expected) = expected.filter(|expected| *expected != actual) {
+                        metrics::counter!("wharfinger_verification_failed_total").increment(1);
+                        return Err(Error::Invalid(format!("the upload has {actual} and not {expected}")));
+                    }
+                    Sealing::Verified(actual)
                 }
-                Sealing::Verified(actual)
-            } else {
-                Sealing::Pending(expected)
+                None => Sealing::Pending(expected),
             };
             if self
                 .db
@@ -193,6 +193,15 @@ impl Services {
             }
         }
         Err(Error::Busy("the upload keeps changing, finalize it again".to_owned()))
+    }
+
+    /// The hash of an upload, if it is small enough and read soon enough to answer Finalize with.
+    async fn hash_in_time(&self, blob: BlobId, size_bytes: u64) -> Result<Option<Sha256>> {
+        if size_bytes > self.settings.verification.inline_max_bytes {
+            return Ok(None);
+        }
+        let hash = self.hash_blob(blob, size_bytes, None);
+        tokio::time::timeout(FINALIZE_PATIENCE, hash).await.unwrap_or(Ok(None))
     }
 
     /// The run's finalized artifacts, newest first; all of them, or those of one name or id.

@@ -27,7 +27,7 @@ pub struct Settings {
     pub lease: Duration,
 }
 
-/// How long the verifier sleeps when nobody wakes it: for what other replicas left.
+/// How long the verifier sleeps at most when nobody wakes it: for what other replicas left.
 const IDLE: Duration = Duration::from_secs(15);
 
 /// The right to hash a blob while the others leave it alone, to be renewed now and then.
@@ -92,16 +92,18 @@ impl Services {
 
     /// Verifies whatever waits, for ever. Dropping the future loses nothing: the claim runs out.
     pub async fn verify_in_background(&self) {
+        // A claim left by a crash runs out after a lease.
+        let idle = IDLE.min(self.settings.verification.lease);
         loop {
             match self.verify_next().await {
                 Ok(true) => {}
                 Ok(false) => {
                     // Either way the queue is looked at again.
-                    let _ = tokio::time::timeout(IDLE, self.verify.notified()).await;
+                    let _ = tokio::time::timeout(idle, self.verify.notified()).await;
                 }
                 Err(error) => {
                     tracing::warn!(%error, "verification failed and will be tried again");
-                    tokio::time::sleep(IDLE).await;
+                    tokio::time::sleep(idle).await;
                 }
             }
         }

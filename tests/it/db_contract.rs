@@ -450,7 +450,7 @@ async fn creating_over_a_pending_name_supersedes_it(place: Place) {
 
 async fn creating_over_an_expired_name_frees_it(place: Place) {
     let job = attempt(1);
-    let (_, old, _) = place.upload(&job, "a", NOW).await;
+    let (id, old, _) = place.upload(&job, "a", NOW).await;
     let late = |now_ms| NewArtifact {
         created_at_ms: now_ms,
         ..new(&job, "a", now_ms)
@@ -466,6 +466,10 @@ async fn creating_over_an_expired_name_frees_it(place: Place) {
     assert_eq!(place.db.writable_blob(old).await.unwrap(), None);
     assert_eq!(place.db.writable_blob(fresh).await.unwrap(), Some(WritableBlob::Open));
     assert_eq!(place.names(&job, NOW + LIFE).await, [""; 0]);
+    // Other content has another id.
+    place.db.commit_whole(fresh, None, None, NOW + LIFE).await.unwrap();
+    let again = place.seal(&job, "a", Sealing::Verified(HASH), NOW + LIFE).await;
+    assert!(again > id);
     assert_eq!(place.db.blobs_to_empty(NOW + LIFE, 10).await.unwrap(), [old]);
 }
 

@@ -2,9 +2,12 @@
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
+mod artifacts_api;
 mod bad_inputs;
+mod cli;
 mod clients;
 mod common;
+mod crash;
 mod db_contract;
 mod fsck;
 mod layers;

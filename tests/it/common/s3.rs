@@ -46,6 +46,8 @@ impl S3Server {
             let listener = TcpListener::from_std(listener).unwrap();
             loop {
                 let (socket, _) = listener.accept().await.unwrap();
+                // Otherwise each object read waits 40 ms for an acknowledgement.
+                socket.set_nodelay(true).unwrap();
                 let service = service.clone();
                 tokio::spawn(async move {
                     // A client may cut the connection; that is its business.
