@@ -96,6 +96,7 @@ pub fn public(context: Context) -> UrlMap {
         call(post(artifacts_v4::migrate)),
     )
     .route(Anyone, "/twirp/{*method}", any(bad_route))
+    .route(Anyone, "/twirp/", any(bad_route))
     // Bytes, by signed links only.
     .route(SignedLink, "/blob/{kind}/{id}", any(blobs::handle))
 }

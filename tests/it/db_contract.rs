@@ -980,10 +980,10 @@ async fn lists_and_attempts(place: Place) {
         let listed = place.db.list_artifacts(job, name, id, now_ms).await.unwrap();
         listed.into_iter().map(|artifact| artifact.id).collect::<Vec<_>>()
     };
-    // Newest first; an attempt sees what came before it, and of one name the newest.
-    assert_eq!(list(&second, None, None, NOW).await, [a2, b1]);
+    // Newest first, by creation; an attempt sees what came before it, and of one name the newest.
+    assert_eq!(list(&second, None, None, NOW).await, [b1, a2]);
     assert_eq!(list(&first, None, None, NOW).await, [b1, a1]);
-    assert_eq!(list(&attempt(3), None, None, NOW).await, [a2, b1]);
+    assert_eq!(list(&attempt(3), None, None, NOW).await, [b1, a2]);
     assert_eq!(list(&second, Some("a"), None, NOW).await, [a2]);
     assert_eq!(list(&second, Some("A"), None, NOW).await, []);
     assert_eq!(list(&second, None, Some(b1), NOW).await, [b1]);
