@@ -9,6 +9,7 @@ use serde::Deserialize;
 use super::{Services, millis};
 use crate::db::{Created, ListedArtifact, NewArtifact, Sealing};
 use crate::error::{Error, Result};
+use crate::failpoint;
 use crate::model::{ArtifactId, BlobKind, BlobState, Principal, Sha256};
 use crate::papers::Permission;
 
@@ -106,6 +107,7 @@ impl Services {
         };
         match self.db.create_artifact(&new).await? {
             Created::Upload(blob) => {
+                failpoint::reach("intent_committed");
                 let link_ends_ms = principal
                     .expires_at_ms
                     .min(now_ms + millis(self.settings.uploads.link_ttl));
@@ -168,6 +170,7 @@ impl Services {
                     candidate.size_bytes
                 )));
             }
+            failpoint::reach("finalize_before_hash");
             let sealing = if size_bytes <= self.settings.verification.inline_max_bytes {
                 let actual = match self.hash_blob(candidate.blob, size_bytes, None).await? {
                     Some(actual) => actual,
@@ -186,6 +189,7 @@ impl Services {
                 .finalize_artifact(&candidate, sealing, self.clock.now_ms())
                 .await?
             {
+                failpoint::reach("finalize_after_commit");
                 if matches!(sealing, Sealing::Pending(_)) {
                     self.wake_verifier();
                 }
@@ -234,6 +238,7 @@ impl Services {
             .await?
             .ok_or_else(|| no_such_artifact(name))?;
         if self.db.delete_artifact(&artifact, now_ms).await? {
+            failpoint::reach("delete_tombstoned");
             Ok(artifact.id)
         } else {
             Err(no_such_artifact(name))

@@ -8,6 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
+
 use super::s3::S3Server;
 
 /// How a server is configured: environment variables over the defaults, as an operator would.
@@ -39,11 +41,32 @@ impl Environment {
         self.0.insert(name.to_owned(), value.to_string());
     }
 
+    /// With addresses to listen on, for servers that are to come back to where they were.
+    pub fn listening(mut self) -> Self {
+        for name in ["WHARFINGER_LISTEN", "WHARFINGER_INTERNAL_LISTEN"] {
+            self.0
+                .entry(name.to_owned())
+                .or_insert_with(|| format!("127.0.0.1:{}", free_port()));
+        }
+        self
+    }
+
     /// The program with this environment, for any command.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_wharfinger"));
-        command.args(arguments).envs(&self.0).stdin(Stdio::null());
+        self.apply(&mut command);
+        command.args(arguments).stdin(Stdio::null());
         command
+    }
+
+    /// Gives a command this environment and no other setting of ours.
+    pub fn apply(&self, command: &mut Command) {
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("WHARFINGER_") {
+                command.env_remove(name);
+            }
+        }
+        command.envs(&self.0);
     }
 
     /// What a command that must succeed prints.
@@ -91,17 +114,16 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a server and waits until it is ready.
+    /// Starts a server and waits until it is ready. It listens where the environment says, else on free ports.
     pub fn start(environment: &Environment) -> Self {
-        let mut environment = environment.clone();
-        let (public, internal) = (free_port(), free_port());
-        environment.set("WHARFINGER_LISTEN", format!("127.0.0.1:{public}"));
-        environment.set("WHARFINGER_INTERNAL_LISTEN", format!("127.0.0.1:{internal}"));
-        let mut child = environment
-            .command(&["serve", "--log-format", "json"])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let environment = environment.clone().listening();
+        let command = environment.command(&["serve", "--log-format", "json"]);
+        Self::start_by(command, environment)
+    }
+
+    /// As [`Process::start`], by a command that ends in a server with this environment.
+    pub fn start_by(mut command: Command, environment: Environment) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let sink = Arc::clone(&log);
@@ -110,14 +132,15 @@ impl Process {
                 .map_while(Result::ok)
                 .for_each(|line| sink.lock().unwrap().push(line))
         });
+        let origin = |listen: &str| format!("http://{}", environment.0[listen]);
         let mut process = Self {
             child,
             url: environment
                 .0
                 .get("WHARFINGER_PUBLIC_URL")
                 .cloned()
-                .unwrap_or_else(|| format!("http://127.0.0.1:{public}")),
-            internal_url: format!("http://127.0.0.1:{internal}"),
+                .unwrap_or_else(|| origin("WHARFINGER_LISTEN")),
+            internal_url: origin("WHARFINGER_INTERNAL_LISTEN"),
             log,
             environment,
         };
@@ -172,9 +195,28 @@ impl Process {
     }
 
     /// SIGTERM. Returns once the process has ended, with its exit code.
-    pub fn terminate(mut self) -> Option<i32> {
+    pub fn terminate(self) -> Option<i32> {
+        self.ask_to_stop();
+        self.wait()
+    }
+
+    /// SIGTERM, and no waiting.
+    pub fn ask_to_stop(&self) {
         Command::new("kill").arg(self.pid().to_string()).status().unwrap();
+    }
+
+    /// Returns once the process has ended, with its exit code.
+    pub fn wait(mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
+    }
+
+    /// Job `build` of run `1` of `octo/demo`, as its client acts against this process.
+    pub fn job(&self) -> RemoteJob {
+        RemoteJob {
+            http: reqwest::Client::new(),
+            url: self.url.clone(),
+            token: self.token("octo/demo", "1", "build"),
+        }
     }
 }
 
@@ -183,6 +225,79 @@ impl Drop for Process {
         // Already ended is as good.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A job that lives on while its server dies and comes back.
+#[derive(Clone, Debug)]
+pub struct RemoteJob {
+    pub http: reqwest::Client,
+    pub url: String,
+    pub token: String,
+}
+
+impl RemoteJob {
+    /// Calls a method of the ArtifactService with the job's ids and `fields`.
+    pub async fn call(&self, method: &str, mut fields: Value) -> (u16, Value) {
+        fields["workflow_run_backend_id"] = json!("1");
+        fields["workflow_job_run_backend_id"] = json!("build");
+        let path = format!("/twirp/github.actions.results.api.v1.ArtifactService/{method}");
+        let reply = self
+            .http
+            .post(format!("{}{path}", self.url))
+            .header("content-type", "application/json")
+            .bearer_auth(&self.token)
+            .body(fields.to_string())
+            .send()
+            .await
+            .unwrap();
+        let status = reply.status().as_u16();
+        (status, serde_json::from_slice(&reply.bytes().await.unwrap()).unwrap())
+    }
+
+    /// As [`RemoteJob::call`], for what must succeed.
+    pub async fn done(&self, method: &str, fields: Value) -> Value {
+        let (status, reply) = self.call(method, fields).await;
+        assert_eq!(status, 200, "{method}: {reply}");
+        reply
+    }
+
+    /// Creates an artifact and returns its upload link.
+    pub async fn create(&self, name: &str) -> String {
+        let reply = self.done("CreateArtifact", json!({ "name": name, "version": 4 })).await;
+        reply["signed_upload_url"].as_str().unwrap().to_owned()
+    }
+
+    pub async fn finalize(&self, name: &str, size_bytes: usize) {
+        let fields = json!({ "name": name, "size": size_bytes.to_string() });
+        self.done("FinalizeArtifact", fields).await;
+    }
+
+    /// PUTs a body to a link, one way or another. Returns the status, if the server lived to answer.
+    pub async fn put(&self, link: &str, size_bytes: usize, body: impl Into<reqwest::Body>) -> reqwest::Result<u16> {
+        let put = self.http.put(link).header("x-ms-blob-type", "BlockBlob");
+        let reply = put.header("content-length", size_bytes).body(body).send().await?;
+        Ok(reply.status().as_u16())
+    }
+
+    /// A link to read an artifact.
+    pub async fn link(&self, name: &str) -> String {
+        let reply = self.done("GetSignedArtifactURL", json!({ "name": name })).await;
+        reply["signed_url"].as_str().unwrap().to_owned()
+    }
+
+    /// The bytes of an artifact.
+    pub async fn download(&self, name: &str) -> Vec<u8> {
+        let reply = self.http.get(self.link(name).await).send().await.unwrap();
+        assert_eq!(reply.status(), 200);
+        reply.bytes().await.unwrap().to_vec()
+    }
+
+    /// The names in the run's list, in its order.
+    pub async fn names(&self) -> Vec<String> {
+        let reply = self.done("ListArtifacts", json!({})).await;
+        let name = |artifact: &Value| artifact["name"].as_str().unwrap().to_owned();
+        reply["artifacts"].as_array().unwrap().iter().map(name).collect()
     }
 }
 

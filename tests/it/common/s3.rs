@@ -46,6 +46,8 @@ impl S3Server {
             let listener = TcpListener::from_std(listener).unwrap();
             loop {
                 let (socket, _) = listener.accept().await.unwrap();
+                // Else every small object takes the 40 ms of a delayed acknowledgement.
+                socket.set_nodelay(true).unwrap();
                 let service = service.clone();
                 tokio::spawn(async move {
                     // A client may cut the connection; that is its business.
