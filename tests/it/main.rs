@@ -7,6 +7,8 @@ mod clients;
 mod common;
 mod db_contract;
 mod fsck;
+#[cfg(feature = "failpoints")]
+mod kill_matrix;
 mod layers;
 mod replicas;
 mod routes;

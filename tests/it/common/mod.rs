@@ -91,7 +91,8 @@ pub struct TestServer {
     pub clock: Arc<AtomicI64>,
     pub http: reqwest::Client,
     pub s3: Option<S3Server>,
-    pub directory: TempDir,
+    /// Removes the directory at the end.
+    _directory: TempDir,
 }
 
 impl TestServer {
@@ -118,7 +119,7 @@ impl TestServer {
             clock,
             http: reqwest::Client::new(),
             s3,
-            directory,
+            _directory: directory,
         }
     }
 

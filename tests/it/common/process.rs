@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,13 @@ impl Environment {
                 .or_insert_with(|| format!("127.0.0.1:{}", free_port()));
         }
         self
+    }
+
+    /// This one, with one variable more.
+    pub fn with(&self, name: &str, value: impl ToString) -> Self {
+        let mut environment = self.clone();
+        environment.set(name, value);
+        environment
     }
 
     /// The program with this environment, for any command.
@@ -167,6 +174,11 @@ impl Process {
             .status()
             .unwrap()
             .success()
+    }
+
+    /// How it ended, if it did.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     pub fn pid(&self) -> u32 {

@@ -46,7 +46,7 @@ impl S3Server {
             let listener = TcpListener::from_std(listener).unwrap();
             loop {
                 let (socket, _) = listener.accept().await.unwrap();
-                // Else every small object takes the 40 ms of a delayed acknowledgement.
+                // Otherwise each object read waits 40 ms for an acknowledgement.
                 socket.set_nodelay(true).unwrap();
                 let service = service.clone();
                 tokio::spawn(async move {
