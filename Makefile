@@ -9,19 +9,21 @@ run:
 check:
 	cargo fmt --check
 	cargo clippy --release --locked --all-targets -- -D warnings
+	cargo clippy --release --locked --all-targets --features failpoints -- -D warnings
 
 test:
 	tests/install.sh
 	$(MAKE) check lint-containers
 	rm -f target/clients-table.txt
 	tests/with-postgres.sh cargo test --release --locked
+	tests/with-postgres.sh cargo test --release --locked --features failpoints --test it kill_matrix
 	@cat target/clients-table.txt # written by the tests: client × case × backend
 	@echo '`make test-long` was not run.'
 
 # The same tests take the long way when they see this variable.
 test-long:
 	tests/install.sh
-	WHARFINGER_TEST_LONG=1 tests/with-postgres.sh cargo test --release --locked -- long::
+	WHARFINGER_TEST_LONG=1 tests/with-postgres.sh cargo test --release --locked --features failpoints -- long::
 
 # Parsed and linted, not run.
 lint-containers:

@@ -11,6 +11,7 @@ pub mod config;
 pub mod db;
 pub mod duration;
 pub mod error;
+pub mod failpoint;
 pub mod model;
 pub mod papers;
 pub mod service;

@@ -8,6 +8,7 @@ use clap::Parser as _;
 use tracing_subscriber::EnvFilter;
 use wharfinger::cli::{self, Cli};
 use wharfinger::config::{Config, LogFormat, LogSettings};
+use wharfinger::failpoint;
 
 fn main() -> ExitCode {
     // Wrong usage ends here, with exit code 2.
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let loaded = Config::load(&cli.overrides(), cli::environment()?)?;
     start_tracing(&loaded.config.log)?;
+    failpoint::arm();
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::blobs::digest;
 use super::{Db, TRIES, lost_every_race, on, transaction, unsigned};
 use crate::error::Result;
+use crate::failpoint;
 use crate::model::{ArtifactId, BlobId, BlobKind, BlobState, Principal, RunKey, Sha256};
 
 /// What `CreateArtifact` asks for, checked.
@@ -308,6 +309,7 @@ impl Db {
                     .bind(candidate.blob.0)
                     .execute(&mut *tx)
                     .await?;
+                failpoint::reach("finalize_before_commit");
                 Some(())
             } else {
                 None
@@ -422,6 +424,7 @@ impl Db {
                 .bind(now_ms)
                 .execute(&mut *tx)
                 .await?;
+                failpoint::reach("delete_before_commit");
                 Some(())
             }
         });

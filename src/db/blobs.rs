@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::{Db, TRIES, is_duplicate, lost_every_race, on, signed, transaction, unsigned};
 use crate::error::{Error, Result};
+use crate::failpoint;
 use crate::model::{BlobId, BlobState, Block, ObjectKey, Sha256};
 
 /// Rows per statement when a block list is written: seven parameters each, below SQLite's limit of 32,766.
@@ -244,6 +245,7 @@ impl Db {
                 .bind(block.crc64.cast_signed())
                 .execute(&mut *tx)
                 .await?;
+                failpoint::reach("block_resent_before_commit");
                 Some(())
             }
         });
@@ -370,6 +372,7 @@ impl Db {
                         .execute(&mut *tx)
                         .await?;
                     }
+                    failpoint::reach("list_before_commit");
                     Some(())
                 }
             }
@@ -455,6 +458,7 @@ impl Db {
                     .execute(&mut *tx)
                     .await?;
                 }
+                failpoint::reach("put_blob_before_commit");
                 Some(())
             }
         });

@@ -9,7 +9,12 @@ use serde::Deserialize;
 use super::{Services, millis};
 use crate::db::{Created, ListedArtifact, NewArtifact, Sealing};
 use crate::error::{Error, Result};
+<<<<<<< HEAD
 use crate::model::{ArtifactId, BlobId, BlobKind, BlobState, Principal, Sha256};
+=======
+use crate::failpoint;
+use crate::model::{ArtifactId, BlobKind, BlobState, Principal, Sha256};
+>>>>>>> kill
 use crate::papers::Permission;
 
 /// The `[artifacts]` section of the configuration.
@@ -109,6 +114,7 @@ impl Services {
         };
         match self.db.create_artifact(&new).await? {
             Created::Upload(blob) => {
+                failpoint::reach("intent_committed");
                 let link_ends_ms = principal
                     .expires_at_ms
                     .min(now_ms + millis(self.settings.uploads.link_ttl));
@@ -171,6 +177,7 @@ impl Services {
                     candidate.size_bytes
                 )));
             }
+<<<<<<< HEAD
             let sealing = match self.hash_in_time(candidate.blob, size_bytes).await? {
                 Some(actual) => {
                     if let Some(expected) = expected.filter(|expected| *expected != actual) {
@@ -178,6 +185,17 @@ impl Services {
                         return Err(Error::Invalid(format!("the upload has {actual} and not {expected}")));
                     }
                     Sealing::Verified(actual)
+=======
+            failpoint::reach("finalize_before_hash");
+            let sealing = if size_bytes <= self.settings.verification.inline_max_bytes {
+                let actual = match self.hash_blob(candidate.blob, size_bytes, None).await? {
+                    Some(actual) => actual,
+                    None => continue,
+                };
+                if let Some(expected) = expected.filter(|expected| *expected != actual) {
+                    metrics::counter!("wharfinger_verification_failed_total").increment(1);
+                    return Err(Error::Invalid(format!("the upload has {actual} and not {expected}")));
+>>>>>>> kill
                 }
                 None => Sealing::Pending(expected),
             };
@@ -186,6 +204,7 @@ impl Services {
                 .finalize_artifact(&candidate, sealing, self.clock.now_ms())
                 .await?
             {
+                failpoint::reach("finalize_after_commit");
                 if matches!(sealing, Sealing::Pending(_)) {
                     self.wake_verifier();
                 }
@@ -243,6 +262,7 @@ impl Services {
             .await?
             .ok_or_else(|| no_such_artifact(name))?;
         if self.db.delete_artifact(&artifact, now_ms).await? {
+            failpoint::reach("delete_tombstoned");
             Ok(artifact.id)
         } else {
             Err(no_such_artifact(name))

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::{Services, millis};
 use crate::error::Result;
+use crate::failpoint;
 use crate::model::{BlobId, ObjectKey};
 
 /// The `[cleaner]` section of the configuration.
@@ -137,6 +138,7 @@ impl Pass<'_> {
             if expired == 0 {
                 break;
             }
+            failpoint::reach("clean_expired");
         }
         while self.hold().await? {
             let begun_before_ms = self.ago(parts.settings.uploads.abandoned_after);
@@ -148,6 +150,7 @@ impl Pass<'_> {
             if abandoned == 0 {
                 break;
             }
+            failpoint::reach("clean_tombstoned");
         }
         Ok(())
     }
@@ -159,9 +162,14 @@ impl Pass<'_> {
             let dead_since_ms = self.ago(parts.settings.cleaner.delete_grace);
             let blobs = parts.db.blobs_to_empty(dead_since_ms, self.batch()).await?;
             for &blob in &blobs {
-                for key in parts.db.objects_of(blob).await? {
-                    self.delete_unused(&key).await?;
+                let keys = parts.db.objects_of(blob).await?;
+                for (deleted, key) in keys.iter().enumerate() {
+                    if deleted > 0 && deleted == keys.len() / 2 {
+                        failpoint::reach("clean_half_of_blocks_deleted");
+                    }
+                    self.delete_unused(key).await?;
                 }
+                failpoint::reach("clean_before_emptied");
                 parts.db.mark_emptied(blob, parts.clock.now_ms()).await?;
             }
             if blobs.is_empty() {
@@ -180,6 +188,7 @@ impl Pass<'_> {
             for &blob in &blobs {
                 self.delete_leftovers(blob, &HashSet::new()).await?;
                 parts.store.remove_prefix(blob).await?;
+                failpoint::reach("clean_before_drop");
                 parts.db.drop_blob(blob).await?;
                 self.report.dropped_blobs += 1;
             }
@@ -199,6 +208,7 @@ impl Pass<'_> {
             for &blob in &blobs {
                 let named = parts.db.objects_of(blob).await?.into_iter().collect();
                 self.delete_leftovers(blob, &named).await?;
+                failpoint::reach("clean_before_swept");
                 parts.db.mark_swept(blob, parts.clock.now_ms()).await?;
             }
             if blobs.is_empty() {
@@ -224,6 +234,7 @@ impl Pass<'_> {
             let garbage = parts.db.garbage(self.batch()).await?;
             for key in &garbage {
                 self.delete_unused(key).await?;
+                failpoint::reach("clean_garbage_deleted");
                 parts.db.drop_garbage(key).await?;
             }
             if garbage.is_empty() {
@@ -237,6 +248,7 @@ impl Pass<'_> {
     async fn delete_unused(&mut self, key: &ObjectKey) -> Result<()> {
         if !self.services.db.is_object_in_use(key).await? {
             self.services.store.delete(key).await?;
+            failpoint::reach("clean_object_deleted");
             self.report.deleted_objects += 1;
         }
         Ok(())

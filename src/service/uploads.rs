@@ -13,6 +13,7 @@ use serde::Deserialize;
 use super::Services;
 use crate::db::{Committed, ListEntry, WritableBlob};
 use crate::error::{Error, Result};
+use crate::failpoint;
 use crate::model::{BlobId, Block, ObjectKey};
 
 /// The `[uploads]` section of the configuration.
@@ -66,9 +67,13 @@ impl Services {
         self.check_open(blob).await?;
         self.check_artifact_size(self.staged_bytes(blob).await?.saturating_add(upload.size_bytes))?;
         let block = self.store_object(blob, upload).await?;
+        failpoint::reach("block_stored");
         let staged = self.db.stage_block(blob, block_id, &block, self.clock.now_ms()).await;
         match staged {
-            Ok(true) => Ok(()),
+            Ok(true) => {
+                failpoint::reach("block_row_committed");
+                Ok(())
+            }
             Ok(false) => {
                 self.discard(&block.object_key).await;
                 // It was open when the block began; say what it is now.
@@ -88,6 +93,7 @@ impl Services {
     /// [`Error::UnknownBlock`], [`Error::Conflict`] after Finalize (unless it is the same list again),
     /// [`Error::NotFound`], [`Error::TooLarge`].
     pub async fn commit_block_list(&self, blob: BlobId, list: &[ListEntry], content_type: Option<&str>) -> Result<()> {
+        failpoint::reach("list_parsed");
         for _ in 0..LIST_TRIES {
             let durable = match self.db.writable_blob(blob).await? {
                 // The database compares the list with the content and answers.
@@ -107,13 +113,17 @@ impl Services {
                     }
                 }
             };
+            failpoint::reach("list_durable");
             let now_ms = self.clock.now_ms();
             match self
                 .db
                 .commit_block_list(blob, list, &durable, content_type, now_ms)
                 .await?
             {
-                Committed::Done | Committed::AlreadySealed => return Ok(()),
+                Committed::Done | Committed::AlreadySealed => {
+                    failpoint::reach("list_after_commit");
+                    return Ok(());
+                }
                 Committed::BlocksChanged => {}
             }
         }
@@ -143,11 +153,13 @@ impl Services {
         } else {
             Some(self.store_object(blob, upload).await?)
         };
+        failpoint::reach("put_blob_stored");
         if let Some(block) = &block {
             self.store
                 .make_durable(blob, &[(block.object_key.clone(), block.size_bytes)])
                 .await?;
         }
+        failpoint::reach("put_blob_durable");
         let committed = self
             .db
             .commit_whole(blob, block.as_ref(), content_type, self.clock.now_ms())
@@ -155,6 +167,7 @@ impl Services {
         if let (Err(Error::Conflict(_) | Error::NotFound(_)), Some(block)) = (&committed, &block) {
             self.discard(&block.object_key).await;
         }
+        failpoint::reach("put_blob_before_reply");
         committed
     }
 

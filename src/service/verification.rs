@@ -13,6 +13,7 @@ use sha2::Digest;
 use super::{Services, millis};
 use crate::db::Verification;
 use crate::error::{Error, Result};
+use crate::failpoint;
 use crate::model::{BlobId, Sha256};
 use crate::storage;
 
@@ -73,6 +74,7 @@ impl Services {
 
     /// Takes content that is not what its client hashed out of sight, and says so.
     pub(super) async fn reject_content(&self, blob: BlobId, expected: Sha256, actual: Sha256) -> Error {
+        failpoint::reach("verify_before_reject");
         match self.db.fail_verification(blob, self.clock.now_ms()).await {
             Ok(true) => {
                 metrics::counter!("wharfinger_verification_failed_total").increment(1);
@@ -121,6 +123,7 @@ impl Services {
         else {
             return Ok(false);
         };
+        failpoint::reach("verify_claimed");
         let claim = Claim {
             lease_ms,
             renew_at_ms: now_ms + lease_ms / 2,
@@ -130,7 +133,10 @@ impl Services {
             (Some(actual), Some(expected)) if actual != expected => {
                 self.reject_content(blob, expected, actual).await;
             }
-            (Some(actual), _) => self.db.pass_verification(blob, &actual).await?,
+            (Some(actual), _) => {
+                failpoint::reach("verify_before_pass");
+                self.db.pass_verification(blob, &actual).await?;
+            }
             // Somebody's download hashed it first, or it was deleted.
             (None, _) => {}
         }

@@ -94,6 +94,7 @@ impl Disk {
                     }
                     error => error,
                 })?;
+            intake.taken();
             if intake.is_complete() {
                 break;
             }

@@ -8,6 +8,7 @@ use futures_util::StreamExt;
 use futures_util::stream::{BoxStream, Fuse};
 
 use crate::error::{Error, Result};
+use crate::failpoint;
 
 pub(super) struct Intake {
     body: Fuse<BoxStream<'static, Result<Bytes>>>,
@@ -48,6 +49,16 @@ impl Intake {
         }
         self.digest.update(&frame);
         Ok(Some(frame))
+    }
+
+    /// Told when the store has taken what was given out so far.
+    pub(super) fn taken(&self) {
+        if (1..self.size_bytes).contains(&self.left) {
+            failpoint::reach("block_first_byte");
+            if self.left <= self.size_bytes / 2 {
+                failpoint::reach("block_half");
+            }
+        }
     }
 
     /// Whether the last byte was given out. A body of no bytes is complete from the start, yet its end is unseen.

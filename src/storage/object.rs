@@ -329,7 +329,7 @@ impl Upload {
         while let Some(frame) = intake.next().await? {
             match timeout(STALL_TIMEOUT, frames.send(Ok(frame))).await {
                 Ok(Ok(())) if intake.is_complete() => break,
-                Ok(Ok(())) => {}
+                Ok(Ok(())) => intake.taken(),
                 // The store has answered already or is gone; the reply tells.
                 Ok(Err(_)) => break,
                 Err(_) => return Err(stalled()),

@@ -4,6 +4,9 @@
 //
 // Prints one line `@@{"client","case","status":"ok|na|fail","detail","ms"}` per case; all other
 // output is the client's own log. Exits non-zero only if it could not report.
+//
+// Where WHARFINGER_TEST_LEDGER names a file, a line of JSON is added to it for everything the server acknowledged,
+// `{"uploaded":id,"size","sha256"}` or `{"deleted":id}`, and `{"deleting":id}` before it is asked to.
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
 import { createCipheriv, createHash, randomBytes } from 'node:crypto'
@@ -119,8 +122,14 @@ function sdkVersion(directory) {
 
 let client
 
+function note(entry) {
+  const ledger = process.env.WHARFINGER_TEST_LEDGER
+  if (ledger) fs.appendFileSync(ledger, `${JSON.stringify(entry)}\n`)
+}
+
 async function upload(name, { root, files }, options) {
   const uploaded = await client.uploadArtifact(name, files, root, options)
+  note({ uploaded: uploaded.id, size: uploaded.size, sha256: uploaded.digest })
   assert(Number.isSafeInteger(uploaded.id) && uploaded.id > 0, `id ${uploaded.id}`)
   if (since(2, 3)) assert.match(uploaded.digest, /^[0-9a-f]{64}$/)
   return uploaded
@@ -183,6 +192,12 @@ async function assertConflict(name, made) {
   })
 }
 
+async function remove(name, id) {
+  note({ deleting: id })
+  assert.deepEqual(await client.deleteArtifact(name), { id })
+  note({ deleted: id })
+}
+
 const needsDelete = () => since(2, 1) || notApplicable('2.0 has no deleteArtifact')
 
 // ---- cases of every artifact client: (directory of its own, name of its own) => detail
@@ -221,7 +236,7 @@ const artifactCases = {
     const made = await makeFiles(root, { 'doomed.txt': name })
     const { id } = await upload(name, made)
     assert.equal((await listed(name)).length, 1)
-    assert.deepEqual(await client.deleteArtifact(name), { id })
+    await remove(name, id)
     await assertGone(name, id)
     await assert.rejects(client.deleteArtifact(name), /not found/i)
     return 'not listed, and a clear error on get, download and a second delete'
@@ -236,7 +251,7 @@ const artifactCases = {
     await assertServes(name, old, first)
     // What upload-artifact does for `overwrite: true`.
     assert.equal((await client.getArtifact(name)).artifact.id, old.id)
-    await client.deleteArtifact(name)
+    await remove(name, old.id)
     const uploaded = await upload(name, second)
     assert(uploaded.id > old.id, `the new id ${uploaded.id} must be above the old ${old.id}`)
     await assertServes(name, uploaded, second)
@@ -304,7 +319,7 @@ const artifactCases = {
       }
       if (since(2, 1)) {
         as(all[0])
-        await client.deleteArtifact(name)
+        await remove(name, all[0].uploaded.id)
         await assertGone(name, all[0].uploaded.id)
         for (const one of all.slice(1)) {
           as(one)
@@ -371,6 +386,7 @@ async function sdkUpload(name, store) {
     hash: `sha256:${sha256(content)}`
   })
   assert.equal(finalized.ok, true)
+  note({ uploaded: Number(finalized.artifact_id), size: content.length, sha256: sha256(content) })
   const { signed_url } = await twirp('GetSignedArtifactURL', { name })
   const stored = new BlockBlobClient(signed_url)
   const properties = await stored.getProperties()

@@ -6,17 +6,27 @@ use std::fs;
 use std::path::Path;
 
 /// Each module at the root of the crate, with the others that it may name.
-const MAY_NAME: [(&str, &[&str]); 13] = [
+const MAY_NAME: [(&str, &[&str]); 14] = [
     ("error", &[]),
     ("clock", &[]),
     ("duration", &[]),
+    ("failpoint", &[]),
     ("model", &["error"]),
     ("db", &BELOW_THE_MIDDLE),
     ("storage", &BELOW_THE_MIDDLE),
     ("papers", &BELOW_THE_MIDDLE),
     (
         "service",
-        &["db", "storage", "papers", "model", "error", "clock", "duration"],
+        &[
+            "db",
+            "storage",
+            "papers",
+            "model",
+            "error",
+            "clock",
+            "duration",
+            "failpoint",
+        ],
     ),
     (
         "api",
@@ -41,7 +51,7 @@ const MAY_NAME: [(&str, &[&str]); 13] = [
     // The table of contents names nothing; its `mod` lines are no paths.
     ("lib", &[]),
 ];
-const BELOW_THE_MIDDLE: [&str; 4] = ["model", "error", "clock", "duration"];
+const BELOW_THE_MIDDLE: [&str; 5] = ["model", "error", "clock", "duration", "failpoint"];
 
 /// Crates that only one floor may know.
 const SECRETS: [(&str, &[&str]); 5] = [

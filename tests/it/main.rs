@@ -10,6 +10,8 @@ mod common;
 mod crash;
 mod db_contract;
 mod fsck;
+#[cfg(feature = "failpoints")]
+mod kill_matrix;
 mod layers;
 mod replicas;
 mod routes;

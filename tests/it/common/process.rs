@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,16 @@ impl Environment {
         self
     }
 
+<<<<<<< HEAD
+=======
+    /// This one, with one variable more.
+    pub fn with(&self, name: &str, value: impl ToString) -> Self {
+        let mut environment = self.clone();
+        environment.set(name, value);
+        environment
+    }
+
+>>>>>>> kill
     /// The program with this environment, for any command.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_wharfinger"));
@@ -167,6 +177,11 @@ impl Process {
             .status()
             .unwrap()
             .success()
+    }
+
+    /// How it ended, if it did.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     pub fn pid(&self) -> u32 {
