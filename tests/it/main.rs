@@ -8,6 +8,7 @@ mod common;
 mod db_contract;
 mod fsck;
 mod layers;
+mod model;
 mod replicas;
 mod routes;
 mod storage_contract;
