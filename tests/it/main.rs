@@ -13,6 +13,7 @@ mod fsck;
 #[cfg(feature = "failpoints")]
 mod kill_matrix;
 mod layers;
+mod model;
 mod replicas;
 mod routes;
 mod storage_contract;

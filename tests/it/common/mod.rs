@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use wharfinger::app::App;
 use wharfinger::clock::Clock;
 use wharfinger::config::{Config, Overrides};
+use wharfinger::model::BlobId;
 use wharfinger::papers::MintRequest;
 
 use self::s3::S3Server;
@@ -264,6 +265,12 @@ impl Job<'_> {
             .map(|artifact| artifact["name"].as_str().unwrap().to_owned())
             .collect()
     }
+}
+
+/// The blob that a link is to.
+pub fn blob_of(link: &str) -> BlobId {
+    let path = link.split('?').next().unwrap();
+    BlobId(path.rsplit('/').next().unwrap().parse().unwrap())
 }
 
 /// A link for one block: what the Azure SDK makes of an upload link.
