@@ -6,6 +6,7 @@ mod bad_inputs;
 mod clients;
 mod common;
 mod db_contract;
+mod faults;
 mod fsck;
 mod layers;
 mod replicas;
