@@ -9,6 +9,7 @@ mod clients;
 mod common;
 mod crash;
 mod db_contract;
+mod faults;
 mod fsck;
 #[cfg(feature = "failpoints")]
 mod kill_matrix;
