@@ -9,12 +9,8 @@ use serde::Deserialize;
 use super::{Services, millis};
 use crate::db::{Created, ListedArtifact, NewArtifact, Sealing};
 use crate::error::{Error, Result};
-<<<<<<< HEAD
-use crate::model::{ArtifactId, BlobId, BlobKind, BlobState, Principal, Sha256};
-=======
 use crate::failpoint;
-use crate::model::{ArtifactId, BlobKind, BlobState, Principal, Sha256};
->>>>>>> kill
+use crate::model::{ArtifactId, BlobId, BlobKind, BlobState, Principal, Sha256};
 use crate::papers::Permission;
 
 /// The `[artifacts]` section of the configuration.
@@ -177,7 +173,7 @@ impl Services {
                     candidate.size_bytes
                 )));
             }
-<<<<<<< HEAD
+            failpoint::reach("finalize_before_hash");
             let sealing = match self.hash_in_time(candidate.blob, size_bytes).await? {
                 Some(actual) => {
                     if let Some(expected) = expected.filter(|expected| *expected != actual) {
@@ -185,17 +181,6 @@ impl Services {
                         return Err(Error::Invalid(format!("the upload has {actual} and not {expected}")));
                     }
                     Sealing::Verified(actual)
-=======
-            failpoint::reach("finalize_before_hash");
-            let sealing = if size_bytes <= self.settings.verification.inline_max_bytes {
-                let actual = match self.hash_blob(candidate.blob, size_bytes, None).await? {
-                    Some(actual) => actual,
-                    None => continue,
-                };
-                if let Some(expected) = expected.filter(|expected| *expected != actual) {
-                    metrics::counter!("wharfinger_verification_failed_total").increment(1);
-                    return Err(Error::Invalid(format!("the upload has {actual} and not {expected}")));
->>>>>>> kill
                 }
                 None => Sealing::Pending(expected),
             };

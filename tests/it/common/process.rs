@@ -51,8 +51,6 @@ impl Environment {
         self
     }
 
-<<<<<<< HEAD
-=======
     /// This one, with one variable more.
     pub fn with(&self, name: &str, value: impl ToString) -> Self {
         let mut environment = self.clone();
@@ -60,7 +58,6 @@ impl Environment {
         environment
     }
 
->>>>>>> kill
     /// The program with this environment, for any command.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_wharfinger"));
