@@ -33,7 +33,10 @@ impl Services {
     /// Scrubs whatever is due, for ever.
     pub async fn scrub_in_background(&self) {
         let holder = Uuid::new_v4();
-        while self.settings.scrub.max_bytes_per_second > 0 {
+        if self.settings.scrub.max_bytes_per_second == 0 {
+            return;
+        }
+        loop {
             match self.scrub_next(holder).await {
                 Ok(true) => {}
                 Ok(false) => tokio::time::sleep(IDLE).await,

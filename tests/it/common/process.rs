@@ -52,6 +52,7 @@ impl Environment {
     }
 
     /// This one, with one variable more.
+    #[cfg(feature = "failpoints")]
     pub fn with(&self, name: &str, value: impl ToString) -> Self {
         let mut environment = self.clone();
         environment.set(name, value);
@@ -177,6 +178,7 @@ impl Process {
     }
 
     /// How it ended, if it did.
+    #[cfg(feature = "failpoints")]
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().unwrap()
     }
