@@ -187,7 +187,7 @@ fn assert_succeeds(outcomes: &[Outcome]) {
 fn assert_fails_clearly(outcomes: &[Outcome]) {
     assert_eq!(outcomes.len(), 1);
     assert_eq!(outcomes[0].status, Status::Fail, "{outcomes:#?}");
-    assert!(outcomes[0].detail.contains("not found"), "{outcomes:#?}");
+    assert!(outcomes[0].detail.contains("(404) Not Found"), "{outcomes:#?}");
 }
 
 /// Finalizes with a wrong hash, asking again as long as nobody answers.
