@@ -9,6 +9,7 @@ mod db_contract;
 mod fsck;
 mod layers;
 mod model;
+mod races;
 mod replicas;
 mod routes;
 mod storage_contract;
