@@ -15,6 +15,7 @@ mod fsck;
 mod kill_matrix;
 mod layers;
 mod model;
+mod races;
 mod replicas;
 mod routes;
 mod storage_contract;
