@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod issuer;
+pub mod postgres;
 pub mod process;
 pub mod raw;
 pub mod s3;

@@ -2,6 +2,7 @@
 //! works again when the fault ends, without a restart.
 
 mod client;
+mod database;
 mod mount;
 mod power;
 mod s3;
