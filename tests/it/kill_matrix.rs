@@ -419,7 +419,7 @@ struct Wharf {
     balancer: Balancer,
     objects: PathBuf,
     directory: TempDir,
-    _s3: Option<S3Server>,
+    s3: Option<S3Server>,
 }
 
 impl Wharf {
@@ -441,7 +441,7 @@ impl Wharf {
             balancer,
             objects,
             directory,
-            _s3: s3,
+            s3,
         }
     }
 
@@ -537,6 +537,13 @@ impl Wharf {
             .all(|count| report[count] == 0)
         })
         .await;
+        if self.s3.is_some() {
+            // A bucket has no directories. Those that the stand-in leaves behind make its lists slow.
+            for directory in fs::read_dir(self.objects.join("blobs")).unwrap() {
+                // Only the empty ones can be removed.
+                let _ = fs::remove_dir(directory.unwrap().path());
+            }
+        }
     }
 
     /// What the ledger says is there and whole, nothing is wrong, and nothing else is left.
@@ -607,7 +614,7 @@ mod long {
 
     const KILLS: u64 = 150;
     /// After so many the load pauses and everything is compared.
-    const KILLS_BETWEEN_LOOKS: u64 = 25;
+    const KILLS_BETWEEN_LOOKS: u64 = 15;
     const WORKERS: u64 = 4;
     /// The longest that a server lives.
     const LIFE_MS: u64 = 400;
@@ -677,7 +684,7 @@ mod long {
         say(&format!(
             "{KILLS} kills on {backend:?}: {there} artifacts are there, {gone} were deleted"
         ));
-        assert!(there as u64 > KILLS / 4 && gone as u64 > KILLS / 4);
+        assert!(there as u64 > KILLS / 10 && gone as u64 > KILLS);
     }
 
     /// One job's client, which uploads and deletes and asks again whenever it is not answered.
@@ -696,7 +703,7 @@ mod long {
                 count += 1;
                 let name = format!("{} {count}", self.name);
                 let id = self.upload(&name).await;
-                if self.random.below(8) > 0 {
+                if self.random.below(16) > 0 {
                     self.delete(&name, id).await;
                 }
             }
