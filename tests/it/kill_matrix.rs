@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use crate::common::client::{Outcome, Runner, Status, run_client};
 use crate::common::process::{Environment, Process, RemoteJob, secret_file};
@@ -116,6 +117,7 @@ async fn dies_at(backend: Backend, point: &'static str, drive: Drive) {
     let server = wharf.start(None);
     let job = server.job();
     let mut ledger = seed(&job).await;
+    wharf.litter();
     let server = match drive {
         Drive::Clean => {
             until("its time is up", async || {
@@ -492,6 +494,14 @@ impl Wharf {
                 ("WHARFINGER_TEST_BIG_BYTES", (9 << 20).to_string()),
                 ("WHARFINGER_TEST_CASE_TIMEOUT_MS", "90000".to_owned()),
             ],
+        }
+    }
+
+    /// Leaves an object without a row beside those of every blob, as an earlier crash would.
+    fn litter(&self) {
+        for directory in fs::read_dir(self.objects.join("blobs")).unwrap() {
+            let object = directory.unwrap().path().join(Uuid::now_v7().to_string());
+            fs::write(object, "left over").unwrap();
         }
     }
 
