@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use crate::common::client::{Outcome, Runner, Status, run_client};
 use crate::common::process::{Environment, Process, RemoteJob, secret_file};
@@ -116,6 +117,7 @@ async fn dies_at(backend: Backend, point: &'static str, drive: Drive) {
     let server = wharf.start(None);
     let job = server.job();
     let mut ledger = seed(&job).await;
+    wharf.litter();
     let server = match drive {
         Drive::Clean => {
             until("its time is up", async || {
@@ -419,7 +421,7 @@ struct Wharf {
     balancer: Balancer,
     objects: PathBuf,
     directory: TempDir,
-    _s3: Option<S3Server>,
+    s3: Option<S3Server>,
 }
 
 impl Wharf {
@@ -441,7 +443,7 @@ impl Wharf {
             balancer,
             objects,
             directory,
-            _s3: s3,
+            s3,
         }
     }
 
@@ -495,6 +497,14 @@ impl Wharf {
         }
     }
 
+    /// Leaves an object without a row beside those of every blob, as an earlier crash would.
+    fn litter(&self) {
+        for directory in fs::read_dir(self.objects.join("blobs")).unwrap() {
+            let object = directory.unwrap().path().join(Uuid::now_v7().to_string());
+            fs::write(object, "left over").unwrap();
+        }
+    }
+
     /// With ages so short that everything is due at once.
     fn cleaning(&self) -> Environment {
         let mut environment = self.environment.clone();
@@ -537,6 +547,13 @@ impl Wharf {
             .all(|count| report[count] == 0)
         })
         .await;
+        if self.s3.is_some() {
+            // A bucket has no directories. Those that the stand-in leaves behind make its lists slow.
+            for directory in fs::read_dir(self.objects.join("blobs")).unwrap() {
+                // Only the empty ones can be removed.
+                let _ = fs::remove_dir(directory.unwrap().path());
+            }
+        }
     }
 
     /// What the ledger says is there and whole, nothing is wrong, and nothing else is left.
@@ -607,7 +624,7 @@ mod long {
 
     const KILLS: u64 = 150;
     /// After so many the load pauses and everything is compared.
-    const KILLS_BETWEEN_LOOKS: u64 = 25;
+    const KILLS_BETWEEN_LOOKS: u64 = 15;
     const WORKERS: u64 = 4;
     /// The longest that a server lives.
     const LIFE_MS: u64 = 400;
@@ -677,7 +694,7 @@ mod long {
         say(&format!(
             "{KILLS} kills on {backend:?}: {there} artifacts are there, {gone} were deleted"
         ));
-        assert!(there as u64 > KILLS / 4 && gone as u64 > KILLS / 4);
+        assert!(there as u64 > KILLS / 10 && gone as u64 > KILLS);
     }
 
     /// One job's client, which uploads and deletes and asks again whenever it is not answered.
@@ -696,7 +713,7 @@ mod long {
                 count += 1;
                 let name = format!("{} {count}", self.name);
                 let id = self.upload(&name).await;
-                if self.random.below(8) > 0 {
+                if self.random.below(16) > 0 {
                     self.delete(&name, id).await;
                 }
             }
