@@ -12,10 +12,19 @@ weed=$root/.tools/seaweedfs/bin/weed
 
 dir=$(mktemp -d "${TMPDIR:-/tmp}/wharfinger-seaweedfs.XXXXXX")
 server=
+port=0
+# It makes sockets in /tmp, wherever it is told to be, and leaves them there.
+remove_sockets() {
+    local number
+    for number in $(seq "$port" $((port + 7))); do
+        rm -f "/tmp/seaweedfs-"*"-$number.sock"
+    done
+}
 cleanup() {
     # No data to save: the fastest way to stop.
     [ -z "$server" ] || { kill -KILL "$server" && wait "$server"; } 2>/dev/null || true
     rm -rf "$dir"
+    remove_sockets
 }
 trap cleanup EXIT
 trap 'exit 129' HUP
@@ -60,6 +69,7 @@ for attempt in 1 2 3 4 5; do
             kill -KILL "$server" 2>/dev/null || true
             wait "$server" 2>/dev/null || true
             server=
+            remove_sockets
             break
         fi
         sleep 0.1

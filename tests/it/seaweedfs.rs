@@ -77,14 +77,13 @@ async fn rclone_sees_what_the_database_knows_and_nothing_else() {
     assert_eq!(seen(s3).len(), 6);
     assert_eq!(seen(s3), known(&server).await);
 
-    server.advance(DAY);
-    for (days, left) in [(1, 2), (100, 1), (1, 1)] {
+    for (days, left) in [(1, 2), (100, 1)] {
+        server.advance(days * DAY);
         assert!(server.app.services.clean().await.unwrap().is_some());
         server.advance(DAY);
         assert!(server.app.services.clean().await.unwrap().is_some());
         assert_eq!(seen(s3), known(&server).await);
         assert_eq!(seen(s3).len(), left);
-        server.advance(days * DAY);
     }
     server.stop().await;
 }
