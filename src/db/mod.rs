@@ -58,7 +58,7 @@ macro_rules! transaction {
     ($db:expr, $pool:ident, |$tx:ident| $body:block) => {
         match $db {
             $crate::db::Db::Postgres(pool) => {
-                let mut $tx = pool.begin().await?;
+                let mut $tx = $crate::db::begin(pool).await?;
                 let value = $body;
                 match &value {
                     Some(_) => $tx.commit().await?,
@@ -81,6 +81,16 @@ macro_rules! transaction {
 }
 
 pub(in crate::db) use {on, transaction};
+
+/// Begins a transaction, also for a caller that goes away meanwhile. sqlx 0.9 gives a connection that is dropped in the
+/// middle of `BEGIN` back to its pool as if nothing had begun; whoever wrote on it next would never be committed.
+async fn begin(pool: &PgPool) -> Result<sqlx::Transaction<'static, sqlx::Postgres>> {
+    let pool = pool.clone();
+    tokio::spawn(async move { pool.begin().await })
+        .await
+        .map_err(|error| Error::Internal(format!("a transaction did not begin: {error}")))?
+        .map_err(Error::from)
+}
 
 /// How often a transaction that lost a race is tried again before the caller is told to come back later.
 const TRIES: usize = 8;

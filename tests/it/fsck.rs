@@ -1,9 +1,8 @@
 //! `fsck` and the scrub: what they find, what they mend, and that they leave the rest alone.
 
-use std::fs;
-use std::path::PathBuf;
 use std::time::Duration;
 
+use futures_util::TryStreamExt;
 use uuid::Uuid;
 use wharfinger::model::{BlobId, ObjectKey};
 use wharfinger::service::fsck::{Kind, Options, Summary};
@@ -38,30 +37,20 @@ const MEND: Options = Options {
     repair: true,
 };
 
-/// The files of all objects, wherever the backend keeps them.
-fn object_files(server: &TestServer) -> Vec<PathBuf> {
-    let mut files = Vec::new();
-    let mut directories = vec![match &server.s3 {
-        Some(s3) => s3.bucket_directory().join("test/blobs"),
-        None => server.config.data_dir.join("objects/blobs"),
-    }];
-    while let Some(directory) = directories.pop() {
-        for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
-            if entry.file_type().unwrap().is_dir() {
-                directories.push(entry.path())
-            } else {
-                files.push(entry.path())
-            }
-        }
-    }
-    files
+/// The only object in the store.
+async fn only_object(server: &TestServer) -> ObjectKey {
+    let objects: Vec<_> = server.app.services.store.list_all().try_collect().await.unwrap();
+    assert_eq!(objects.len(), 1);
+    objects[0].key.clone()
 }
 
-fn flip_a_byte(file: &PathBuf) {
-    let mut bytes = fs::read(file).unwrap();
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 1;
-    fs::write(file, bytes).unwrap();
+/// Puts other bytes in an object's place, as no server would.
+async fn replace(server: &TestServer, key: &ObjectKey, bytes: Vec<u8>) {
+    let store = &server.app.services.store;
+    store.delete(key).await.unwrap();
+    let size_bytes = bytes.len() as u64;
+    let body = futures_util::stream::iter([Ok(bytes::Bytes::from(bytes))]);
+    store.put(key, size_bytes, body).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -110,9 +99,9 @@ async fn an_artifact_without_its_bytes_is_lost_and_its_name_free() {
         let job = server.job();
         let old_id = job.upload("broken", &[1; 1000]).await;
         let link = job.link("broken").await;
-        let file = object_files(&server).pop().unwrap();
+        let object = only_object(&server).await;
         job.upload("whole", &[2; 1000]).await;
-        fs::remove_file(file).unwrap();
+        server.app.services.store.delete(&object).await.unwrap();
 
         assert_eq!(check(&server, LOOK).await.0, [(Kind::Lost, false)], "{backend:?}");
         assert_eq!(job.names().await.len(), 2, "looking changes nothing");
@@ -135,7 +124,9 @@ async fn a_changed_byte_is_found_by_reading_deep_and_by_the_scrub() {
         let server = TestServer::start(backend).await;
         let (job, services) = (server.job(), &server.app.services);
         job.upload("rotten", &[1; 3_000_000]).await;
-        flip_a_byte(&object_files(&server).pop().unwrap());
+        let mut rotten = vec![1; 3_000_000];
+        rotten[1_500_000] ^= 1;
+        replace(&server, &only_object(&server).await, rotten).await;
         job.upload("sound", &[2; 1000]).await;
         assert_eq!(check(&server, LOOK).await.0, [], "its length is right");
         assert_eq!(check(&server, DEEP).await.0, [(Kind::Lost, false)], "{backend:?}");

@@ -18,4 +18,5 @@ mod model;
 mod races;
 mod replicas;
 mod routes;
+mod seaweedfs;
 mod storage_contract;

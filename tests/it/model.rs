@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -28,7 +29,7 @@ use wharfinger::service::fsck::{Kind, Options};
 use wharfinger::service::uploads::{Checksums, Upload};
 
 use crate::common::s3::S3Server;
-use crate::common::{Backend, blob_of, config};
+use crate::common::{Backend, blob_of, config, polled};
 
 const SECOND: i64 = 1_000;
 const DEFAULT_RETENTION: i64 = 500 * SECOND;
@@ -103,11 +104,11 @@ enum Op {
     Crash,
 }
 
-/// An operation, and after how many microseconds its first try is dropped half-way. A client then tries again.
+/// An operation, and after how many waits its first try is dropped. A client then tries again.
 #[derive(Clone, Debug)]
 struct Step {
     op: Op,
-    cut_us: Option<u64>,
+    cut: Option<usize>,
 }
 
 fn ops() -> impl Strategy<Value = Op> {
@@ -158,8 +159,8 @@ fn ops() -> impl Strategy<Value = Op> {
 }
 
 fn histories(longest: usize) -> impl Strategy<Value = Vec<Step>> {
-    let cut_us = proptest::option::weighted(0.15, 0..3_000_u64);
-    vec((ops(), cut_us).prop_map(|(op, cut_us)| Step { op, cut_us }), 1..longest)
+    let cut = proptest::option::weighted(0.2, 0..30_usize);
+    vec((ops(), cut).prop_map(|(op, cut)| Step { op, cut }), 1..longest)
 }
 
 /// What went wrong, by the name of the error's variant.
@@ -554,14 +555,14 @@ impl World {
         self.clock.store(self.model.now_ms, Ordering::Relaxed);
     }
 
-    async fn step(&mut self, Step { op, cut_us }: &Step) {
-        let cut_us = *cut_us;
+    async fn step(&mut self, Step { op, cut }: &Step) {
+        let cut = *cut;
         match op {
-            Op::Create { job, name, lives_s } => self.create(*job, *name, *lives_s, cut_us).await,
+            Op::Create { job, name, lives_s } => self.create(*job, *name, *lives_s, cut).await,
             Op::Stage(back, id, fill) => {
                 let Some((index, blob)) = self.link(*back) else { return };
                 let id = BLOCK_IDS[*id];
-                let actual = retried(cut_us, || self.services.stage_block(blob, id, upload(fill.bytes()))).await;
+                let actual = retried(cut, || self.services.stage_block(blob, id, upload(fill.bytes()))).await;
                 assert_eq!(told(actual), self.model.stage(index, id, fill.bytes()));
             }
             Op::StageHalf(back, id) => {
@@ -583,16 +584,16 @@ impl World {
                 let Some((index, _)) = self.link(*back) else { return };
                 let staged = self.model.blobs[index].staged.keys();
                 let list: Vec<_> = staged.map(|id| (*id, ListSource::Latest)).collect();
-                self.list(*back, list, cut_us).await;
+                self.list(*back, list, cut).await;
             }
             Op::List(back, list) => {
                 let list: Vec<_> = list.iter().map(|(id, source)| (BLOCK_IDS[*id], *source)).collect();
-                self.list(*back, list, cut_us).await;
+                self.list(*back, list, cut).await;
             }
             Op::PutBlob(back, fill) => {
                 let Some((index, blob)) = self.link(*back) else { return };
                 let put = || self.services.put_blob(blob, upload(fill.bytes()), None);
-                let actual = retried(cut_us, put).await;
+                let actual = retried(cut, put).await;
                 assert_eq!(told(actual), self.model.put_blob(index, fill.bytes()));
             }
             Op::Finalize {
@@ -600,8 +601,8 @@ impl World {
                 name,
                 right_size,
                 hash,
-            } => self.finalize(*job, *name, *right_size, *hash, cut_us).await,
-            Op::Delete { job, name } => self.delete(*job, *name, cut_us).await,
+            } => self.finalize(*job, *name, *right_size, *hash, cut).await,
+            Op::Delete { job, name } => self.delete(*job, *name, cut).await,
             Op::Find { job, name } => {
                 let actual = self.services.artifact_link(&self.principal(*job), NAMES[*name]).await;
                 let expected = self.model.visible(*job).get(name).map(|shown| self.links[shown.blob]);
@@ -625,7 +626,7 @@ impl World {
         self.compare_lists().await;
     }
 
-    async fn create(&mut self, job: usize, name: usize, lives_s: Option<i64>, cut_us: Option<u64>) {
+    async fn create(&mut self, job: usize, name: usize, lives_s: Option<i64>, cut: Option<usize>) {
         let expires_at_ms = lives_s.map(|lives_s| self.model.now_ms + lives_s * SECOND);
         let principal = self.principal(job);
         let request = Request {
@@ -634,13 +635,13 @@ impl World {
             mime_type: None,
             expires_at_ms,
         };
-        let actual = told(retried(cut_us, || self.services.create_artifact(&principal, &request)).await);
+        let actual = told(retried(cut, || self.services.create_artifact(&principal, &request)).await);
         let expected = self.model.create(job, name, expires_at_ms);
         assert_eq!(actual.as_ref().map(drop), expected.as_ref().map(drop));
         self.links.extend(actual.map(|link| blob_of(&link)));
     }
 
-    async fn list(&mut self, back: Back, list: Vec<(&'static str, ListSource)>, cut_us: Option<u64>) {
+    async fn list(&mut self, back: Back, list: Vec<(&'static str, ListSource)>, cut: Option<usize>) {
         let Some((index, blob)) = self.link(back) else { return };
         let entries: Vec<_> = list
             .iter()
@@ -650,12 +651,12 @@ impl World {
             })
             .collect();
         // Only a list of the latest blocks means the same when it is sent again.
-        let cut_us = cut_us.filter(|_| list.iter().all(|(_, source)| *source == ListSource::Latest));
-        let actual = retried(cut_us, || self.services.commit_block_list(blob, &entries, None)).await;
+        let cut = cut.filter(|_| list.iter().all(|(_, source)| *source == ListSource::Latest));
+        let actual = retried(cut, || self.services.commit_block_list(blob, &entries, None)).await;
         assert_eq!(told(actual), self.model.list(index, &list));
     }
 
-    async fn finalize(&mut self, job: usize, name: usize, right_size: bool, hash: Hash, cut_us: Option<u64>) {
+    async fn finalize(&mut self, job: usize, name: usize, right_size: bool, hash: Hash, cut: Option<usize>) {
         let artifact = self.model.artifacts.get(&Model::key(job, name)).copied();
         let bytes = artifact.map(|artifact| self.model.blobs[artifact.blob].bytes());
         let bytes = bytes.unwrap_or_default();
@@ -666,13 +667,13 @@ impl World {
             Hash::Wrong => Some(sha256(b"other bytes")),
         };
         // Finalize takes an upload whose artifact has no time left, and the second try does not see it any more.
-        let cut_us = cut_us.filter(|_| artifact.is_some_and(|artifact| artifact.expires_ms > self.model.now_ms));
+        let cut = cut.filter(|_| artifact.is_some_and(|artifact| artifact.expires_ms > self.model.now_ms));
         let principal = self.principal(job);
         let finalize = || {
             self.services
                 .finalize_artifact(&principal, NAMES[name], size as u64, said)
         };
-        let actual = told(retried(cut_us, finalize).await);
+        let actual = told(retried(cut, finalize).await);
         let expected = self.model.finalize(job, name, size, said);
         assert_eq!(actual.as_ref().map(drop), expected.as_ref().map(drop));
         if let (Ok(id), Ok(index)) = (actual, expected) {
@@ -684,24 +685,22 @@ impl World {
         }
     }
 
-    async fn delete(&mut self, job: usize, name: usize, cut_us: Option<u64>) {
+    async fn delete(&mut self, job: usize, name: usize, cut: Option<usize>) {
         let principal = self.principal(job);
-        let cut = match cut_us {
-            Some(us) => {
-                let delete = self.services.delete_artifact(&principal, NAMES[name]);
-                tokio::time::timeout(Duration::from_micros(us), delete).await.is_err()
-            }
-            None => false,
-        };
-        if cut_us.is_some() && !cut {
-            let _ = self.model.delete(job, name);
+        let delete = || self.services.delete_artifact(&principal, NAMES[name]);
+        // A second try of a later attempt would meet the artifact of an earlier one.
+        let cut = cut.filter(|_| JOBS[job].2 == 1);
+        if let Some(waits) = cut
+            && let Some(done) = polled(&mut pin!(delete()), waits).await
+        {
+            assert_eq!(told(done).map(drop), self.model.delete(job, name).map(drop));
             return;
         }
-        let actual = told(self.services.delete_artifact(&principal, NAMES[name]).await);
+        let actual = told(delete().await);
         let before = self.model.visible(job).get(&name).copied();
         let expected = self.model.delete(job, name);
-        if cut && actual == Err("NotFound") {
-            // Either the try that was cut did it, or there was nothing to do. An older attempt's one shows only now.
+        if cut.is_some() && actual == Err("NotFound") {
+            // The try that was cut did it, or there was nothing to do.
             return;
         }
         let id = expected.map(|_| before.and_then(|artifact| self.model.blobs[artifact.blob].id).unwrap());
@@ -820,10 +819,10 @@ fn upload(bytes: Vec<u8>) -> Upload<impl futures_util::Stream<Item = Result<Byte
 }
 
 /// A request whose client loses its first try, wherever that is by then, and sends it again.
-async fn retried<T, F: Future<Output = Result<T>>>(cut_us: Option<u64>, request: impl Fn() -> F) -> Result<T> {
-    if let Some(us) = cut_us {
-        // Done in time is as good: the client did not hear of it.
-        let _ = tokio::time::timeout(Duration::from_micros(us), request()).await;
+async fn retried<T, F: Future<Output = Result<T>>>(cut: Option<usize>, request: impl Fn() -> F) -> Result<T> {
+    if let Some(waits) = cut {
+        // Done by then is as good: the client did not hear of it.
+        let _ = polled(&mut pin!(request()), waits).await;
     }
     request().await
 }

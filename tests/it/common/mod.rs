@@ -7,8 +7,10 @@ pub mod process;
 pub mod raw;
 pub mod s3;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use secrecy::SecretString;
@@ -266,6 +268,20 @@ impl Job<'_> {
             .map(|artifact| artifact["name"].as_str().unwrap().to_owned())
             .collect()
     }
+}
+
+/// Polls a request until it has had to wait so many times. `None`: it waits still, and may be dropped there, as that of
+/// a client that goes away, or kept for later.
+pub async fn polled<F: Future + Unpin>(request: &mut F, mut waits: usize) -> Option<F::Output> {
+    std::future::poll_fn(|context| match Pin::new(&mut *request).poll(context) {
+        Poll::Ready(output) => Poll::Ready(Some(output)),
+        Poll::Pending if waits == 0 => Poll::Ready(None),
+        Poll::Pending => {
+            waits -= 1;
+            Poll::Pending
+        }
+    })
+    .await
 }
 
 /// The blob that a link is to.

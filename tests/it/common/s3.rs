@@ -1,9 +1,11 @@
-//! An S3 server inside the test process, over a temporary directory.
+//! An S3 server inside the test process, over a temporary directory; or a part of the one that
+//! `tests/with-seaweedfs.sh` started.
 //!
 //! For tests of `storage` and of whole servers. It has threads of its own, so that large bodies don't wait for the
 //! test's runtime, and it may be used from a test of any flavour.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -13,20 +15,46 @@ use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 
-/// Stops, and takes its directory away, when dropped.
+/// Stops, and takes its directory away, when dropped; what lies on a server outside goes with that.
 pub struct S3Server {
     /// `http://127.0.0.1:port`, for path-style requests.
     pub endpoint: String,
-    /// A bucket that is there already.
+    /// A bucket that is there already; on a server outside with a prefix that nobody else uses.
     pub bucket: &'static str,
     pub access_key_id: &'static str,
     pub secret_access_key: &'static str,
-    directory: TempDir,
+    directory: Option<TempDir>,
     runtime: Option<Runtime>,
 }
 
 impl S3Server {
     pub fn start() -> Self {
+        Self::outside().unwrap_or_else(Self::inside)
+    }
+
+    /// The server that the environment names, if it names one.
+    pub fn outside() -> Option<Self> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let endpoint = std::env::var("WHARFINGER_TEST_S3_ENDPOINT").ok()?;
+        // They are as good as constants, and never many.
+        let variable = |name: &str| -> &'static str {
+            let value = std::env::var(format!("WHARFINGER_TEST_S3_{name}"));
+            value.expect("with-seaweedfs.sh sets them all").leak()
+        };
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let bucket = format!("{}/t{}_{count}", variable("BUCKET"), std::process::id());
+        Some(Self {
+            endpoint,
+            bucket: bucket.leak(),
+            access_key_id: variable("ACCESS_KEY_ID"),
+            secret_access_key: variable("SECRET_ACCESS_KEY"),
+            directory: None,
+            runtime: None,
+        })
+    }
+
+    /// A server of this process, whatever the environment says.
+    pub fn inside() -> Self {
         let (bucket, access_key_id, secret_access_key) = ("wharf", "test-access-key", "test-secret-key");
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join(bucket)).unwrap();
@@ -62,14 +90,14 @@ impl S3Server {
             bucket,
             access_key_id,
             secret_access_key,
-            directory,
+            directory: Some(directory),
             runtime: Some(runtime),
         }
     }
 
-    /// Where the objects of the bucket are files, named by their keys.
-    pub fn bucket_directory(&self) -> PathBuf {
-        self.directory.path().join(self.bucket)
+    /// Where the objects of the bucket are files, named by their keys; `None` on a server outside.
+    pub fn bucket_directory(&self) -> Option<PathBuf> {
+        Some(self.directory.as_ref()?.path().join(self.bucket))
     }
 }
 
