@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
+use sqlx::Connection as _;
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
@@ -88,6 +89,9 @@ impl Db {
                 .acquire_timeout(SQLITE_TIMEOUT)
                 .idle_timeout(None)
                 .max_lifetime(None)
+                // SQLite itself ends a transaction that the disk has no room for. sqlx does not notice, and on such a
+                // connection no other could ever begin.
+                .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }))
                 .connect_with(options.clone().synchronous(synchronous))
         };
         let cannot = |error: sqlx::Error| format!("cannot open {} ({error}); is it writable?", path.display());

@@ -38,6 +38,9 @@ const LIST_SYNCS: usize = 16;
 /// Finished syncs to remember for the list that will ask. Forgetting one costs a second, cheap sync.
 const REMEMBERED_SYNCS: usize = 100_000;
 
+/// Left free on the disk: without room for the database nothing could be deleted, and a full disk would stay full.
+const RESERVED_BYTES: u64 = 16 * 1024 * 1024;
+
 #[derive(Clone, Debug)]
 pub struct Disk(Arc<Inner>);
 
@@ -372,6 +375,7 @@ impl Partial {
             Some(file) => file,
             None => self.file.insert(create(&self.path)?),
         };
+        check_room(file)?;
         write_all_vectored(file, frames)
     }
 
@@ -431,6 +435,15 @@ fn create(path: &Path) -> io::Result<File> {
             }
         }
         (result, _) => result,
+    }
+}
+
+fn check_room(file: &File) -> io::Result<()> {
+    let disk = rustix::fs::fstatvfs(file)?;
+    if disk.f_bavail.saturating_mul(disk.f_frsize) < RESERVED_BYTES {
+        Err(io::ErrorKind::StorageFull.into())
+    } else {
+        Ok(())
     }
 }
 

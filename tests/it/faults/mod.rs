@@ -3,6 +3,7 @@
 
 mod client;
 mod database;
+mod disk;
 mod mount;
 mod power;
 mod s3;
