@@ -22,14 +22,9 @@ test:
 
 # The same tests take the long way when they see this variable.
 test-long:
-<<<<<<< HEAD
-	tests/install.sh
-	WHARFINGER_TEST_LONG=1 tests/with-postgres.sh cargo test --release --locked --features failpoints -- long::
-=======
 	tests/install.sh seaweedfs
-	WHARFINGER_TEST_LONG=1 tests/with-postgres.sh cargo test --release --locked -- long::
+	WHARFINGER_TEST_LONG=1 tests/with-postgres.sh cargo test --release --locked --features failpoints -- long::
 	tests/with-seaweedfs.sh tests/with-postgres.sh cargo test --release --locked # all tests, on a real S3
->>>>>>> races
 
 # Parsed and linted, not run.
 lint-containers:
