@@ -325,7 +325,9 @@ impl Db {
                 .bind(blob.0)
                 .fetch_all(&mut *tx)
                 .await?;
-                let rows = rows.into_iter().map(staged_block).collect::<Result<Vec<_>>>()?;
+                let mut rows = rows.into_iter().map(staged_block).collect::<Result<Vec<_>>>()?;
+                // The order in which they were looked at before.
+                rows.sort_by_key(|row| row.start_offset);
                 let content = arrange(&rows, list)?;
                 if content
                     .iter()

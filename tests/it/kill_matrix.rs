@@ -428,13 +428,13 @@ impl Wharf {
     async fn new(backend: Backend) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let data_dir = directory.path().join("data");
-        let s3 = (backend == Backend::PostgresS3).then(S3Server::start);
+        let s3 = (backend == Backend::PostgresS3).then(S3Server::inside);
         let (environment, objects) = match &s3 {
             None => (Environment::embedded(&data_dir), data_dir.join("objects")),
             Some(s3) => {
                 let secret_file = secret_file(directory.path());
                 let environment = Environment::production(&data_dir, &postgres_database().await, s3, &secret_file);
-                (environment, s3.bucket_directory().join("test"))
+                (environment, s3.bucket_directory().unwrap().join("test"))
             }
         };
         let balancer = Balancer::start().await;
