@@ -2,8 +2,6 @@
 //! and that several processes may bring it up to date at once.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use secrecy::SecretString;
 use sqlx::{AssertSqlSafe, PgPool, SqlitePool};
@@ -792,28 +790,24 @@ async fn resends_never_tear_a_list(place: Place) {
     for id in IDS {
         sent.insert(place.stage(blob, id, size(id)).await.object_key);
     }
-    let done = Arc::new(AtomicBool::new(false));
-    let senders: Vec<_> = (0..3)
-        .map(|sender| {
-            let (db, done) = (place.db.clone(), Arc::clone(&done));
-            tokio::spawn(async move {
-                let mut sent = BTreeSet::new();
-                let mut turn = sender;
-                while !done.load(Ordering::Relaxed) {
-                    let id = IDS[turn % IDS.len()];
-                    let block = block(blob, size(id));
-                    assert!(db.stage_block(blob, id, &block, NOW).await.unwrap());
-                    sent.insert(block.object_key);
-                    turn += 1;
-                }
-                sent
-            })
-        })
-        .collect();
     let list = latest(&IDS);
-    let (mut committed, mut changed) = (0, 0);
+    let (mut turn, mut committed, mut changed) = (0, 0, 0);
     while committed < ROUNDS {
-        match place.commit(blob, &list).await {
+        // Three at the side of each list: with senders that never rest, a list would hardly ever win.
+        let senders: Vec<_> = (0..3)
+            .map(|_| {
+                turn += 1;
+                let id = IDS[turn % IDS.len()];
+                let (db, block) = (place.db.clone(), block(blob, size(id)));
+                sent.insert(block.object_key.clone());
+                tokio::spawn(async move { assert!(db.stage_block(blob, id, &block, NOW).await.unwrap()) })
+            })
+            .collect();
+        let outcome = place.commit(blob, &list).await;
+        for sender in senders {
+            sender.await.unwrap();
+        }
+        match outcome {
             Ok(Committed::Done) => committed += 1,
             Ok(Committed::BlocksChanged) => {
                 changed += 1;
@@ -841,10 +835,6 @@ async fn resends_never_tear_a_list(place: Place) {
             place.garbage().await.is_disjoint(&placed),
             "round {committed}: content is not garbage"
         );
-    }
-    done.store(true, Ordering::Relaxed);
-    for sender in senders {
-        sent.append(&mut sender.await.unwrap());
     }
     assert_eq!(
         &place.objects(blob).await | &place.garbage().await,
