@@ -15,6 +15,11 @@ use crate::model::{BlobId, BlobState, Block, ObjectKey, Sha256};
 /// Rows per statement when a block list is written: seven parameters each, below SQLite's limit of 32,766.
 const ROWS_PER_INSERT: usize = 4_000;
 
+/// Locks a blob that is still open and gives it content: blob, size, type, time. The first statement of whoever does so.
+const GIVE_CONTENT: &str = "UPDATE blobs
+    SET state = 'committed', revision = revision + 1, size_bytes = $2, content_type = $3, changed_at_ms = $4
+    WHERE id = $1 AND state IN ('staging', 'committed')";
+
 /// What a holder of a write link may want to know of its blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WritableBlob {
@@ -302,18 +307,14 @@ impl Db {
         let size = signed(durable.iter().map(|row| row.block.size_bytes).sum())?;
         let mut changed = false;
         let done = transaction!(self, durable, |tx| {
-            let open = sqlx::query(
-                "UPDATE blobs SET state = 'committed', revision = revision + 1, size_bytes = $2, content_type = $3,
-                     changed_at_ms = $4
-                 WHERE id = $1 AND state IN ('staging', 'committed')",
-            )
-            .bind(blob.0)
-            .bind(size)
-            .bind(content_type)
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
+            let open = sqlx::query(GIVE_CONTENT)
+                .bind(blob.0)
+                .bind(size)
+                .bind(content_type)
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await?
+                .rows_affected();
             if open == 0 {
                 None
             } else {
@@ -419,18 +420,14 @@ impl Db {
     ) -> Result<()> {
         let size = signed(block.map_or(0, |block| block.size_bytes))?;
         let done = transaction!(self, durable, |tx| {
-            let open = sqlx::query(
-                "UPDATE blobs SET state = 'committed', revision = revision + 1, size_bytes = $2, content_type = $3,
-                     changed_at_ms = $4
-                 WHERE id = $1 AND state IN ('staging', 'committed')",
-            )
-            .bind(blob.0)
-            .bind(size)
-            .bind(content_type)
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
+            let open = sqlx::query(GIVE_CONTENT)
+                .bind(blob.0)
+                .bind(size)
+                .bind(content_type)
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await?
+                .rows_affected();
             if open == 0 {
                 None
             } else {

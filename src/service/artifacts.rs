@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::{Services, millis};
-use crate::db::{Created, ListedArtifact, NewArtifact, Sealing};
+use crate::db::{Created, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::model::{ArtifactId, BlobId, BlobKind, BlobState, Principal, Sha256};
@@ -218,17 +218,19 @@ impl Services {
         self.db.list_artifacts(principal, name, id, self.clock.now_ms()).await
     }
 
+    /// The artifact that the run's list would show under a name.
+    async fn named_artifact(&self, principal: &Principal, name: &str, now_ms: i64) -> Result<NewestArtifact> {
+        let artifact = self.db.newest_artifact(principal, name, now_ms).await?;
+        artifact.ok_or_else(|| no_such_artifact(name))
+    }
+
     /// A link to an artifact's bytes.
     ///
     /// # Errors
     /// [`Error::NotFound`].
     pub async fn artifact_link(&self, principal: &Principal, name: &str) -> Result<String> {
         let now_ms = self.clock.now_ms();
-        let artifact = self
-            .db
-            .newest_artifact(principal, name, now_ms)
-            .await?
-            .ok_or_else(|| no_such_artifact(name))?;
+        let artifact = self.named_artifact(principal, name, now_ms).await?;
         let link_ends_ms = now_ms + millis(self.settings.uploads.download_link_ttl);
         Ok(self
             .papers
@@ -241,11 +243,7 @@ impl Services {
     /// [`Error::NotFound`].
     pub async fn delete_artifact(&self, principal: &Principal, name: &str) -> Result<ArtifactId> {
         let now_ms = self.clock.now_ms();
-        let artifact = self
-            .db
-            .newest_artifact(principal, name, now_ms)
-            .await?
-            .ok_or_else(|| no_such_artifact(name))?;
+        let artifact = self.named_artifact(principal, name, now_ms).await?;
         if self.db.delete_artifact(&artifact, now_ms).await? {
             failpoint::reach("delete_tombstoned");
             Ok(artifact.id)

@@ -294,7 +294,7 @@ fn what_breaks_the_rules_is_found() {
         ),
         (
             "db",
-            "fn f() -> crate :: storage :: BlockStore { todo!() }",
+            "fn f() -> crate :: storage :: BlockStore { loop {} }",
             "db names storage",
         ),
         ("storage", "pub use crate::papers::*;", "storage names papers"),
