@@ -62,6 +62,7 @@ pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
         verification: config.verification.clone(),
         cleaner: config.cleaner.clone(),
         scrub: config.scrub.clone(),
+        memory: config.memory.clone(),
     };
     Ok(Services::new(db, store, papers, clock, settings))
 }
@@ -91,6 +92,14 @@ impl App {
     /// One sentence that says what to do.
     pub async fn start(config: &Config, clock: Clock, metrics: Option<PrometheusHandle>) -> anyhow::Result<Self> {
         let mut config = config.clone();
+        let connections = api::serve::connections_by_descriptors();
+        if connections < config.server.max_connections {
+            tracing::warn!(
+                connections,
+                "the limit on open files is low: so many connections at one time, not server.max_connections; raise it (LimitNOFILE=, ulimit -n)"
+            );
+            config.server.max_connections = connections;
+        }
         if config.uses_data_dir() {
             prepare_data_dir(&config.data_dir)?;
         }
@@ -108,7 +117,7 @@ impl App {
         let stop = CancellationToken::new();
         let context = Context {
             services: services.clone(),
-            body_idle_timeout: config.server.body_idle_timeout,
+            patience: config.server.patience(),
         };
         let operations = Operations {
             services: services.clone(),

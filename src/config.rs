@@ -15,7 +15,7 @@ use tracing_subscriber::filter::{EnvFilter, LevelFilter};
 
 use crate::api::serve;
 use crate::papers::{IssuerSettings, parse_public_url};
-use crate::service::{artifacts, cleaner, scrub, uploads, verification};
+use crate::service::{artifacts, cleaner, memory, scrub, uploads, verification};
 use crate::{db, storage};
 use layers::Merged;
 
@@ -70,6 +70,7 @@ pub struct Config {
     pub verification: verification::Settings,
     pub cleaner: cleaner::Settings,
     pub scrub: scrub::Settings,
+    pub memory: memory::Settings,
     #[serde(default)]
     pub issuers: Vec<IssuerSettings>,
 }
@@ -215,6 +216,7 @@ impl Config {
 
     fn check_limits(&self) -> Result<(), Complaint> {
         for (key, duration) in [
+            ("server.head_timeout", self.server.head_timeout),
             ("server.idle_timeout", self.server.idle_timeout),
             ("server.body_idle_timeout", self.server.body_idle_timeout),
             ("uploads.link_ttl", self.uploads.link_ttl),
@@ -236,6 +238,8 @@ impl Config {
             ("uploads.max_block_bytes", self.uploads.max_block_bytes == 0),
             ("uploads.max_put_blob_bytes", self.uploads.max_put_blob_bytes == 0),
             ("cleaner.batch", self.cleaner.batch == 0),
+            ("memory.upload_bytes", self.memory.upload_bytes == 0),
+            ("memory.download_bytes", self.memory.download_bytes == 0),
         ] {
             require(!is_zero, key, || "must be at least 1".to_owned())?;
         }

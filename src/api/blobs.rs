@@ -3,7 +3,7 @@
 //! Routed by `api/mod.rs` behind a verified link whose permission fits the method. Source: Azure's Blob service REST
 //! API as `@azure/storage-blob` 12.17 to 12.32 and azblob for Go speak it. Never parses names: the link has the id.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Extension;
 use axum::body::{Body, to_bytes};
@@ -21,7 +21,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, TryStreamExt};
+use tokio::time::timeout;
 
+use super::patience::Patience;
 use super::reply::AzureError;
 use super::{Context, block_list, range};
 use crate::db::ReadableBlob;
@@ -136,8 +138,8 @@ async fn put_block_list(context: &Context, link: &Link, request: Request) -> Rep
     if length > block_list::MAX_BODY_BYTES as u64 {
         return Err(too_large().into());
     }
-    let body = tokio::time::timeout(
-        context.body_idle_timeout,
+    let body = timeout(
+        context.patience.left(),
         to_bytes(request.into_body(), block_list::MAX_BODY_BYTES),
     )
     .await
@@ -220,20 +222,22 @@ fn upload(
     };
     Ok(Upload {
         size_bytes,
-        body: chunks(request.into_body(), context.body_idle_timeout),
+        body: chunks(request.into_body(), context.patience),
         checksums,
     })
 }
 
-/// A body's bytes as they come; an error item if they stop coming.
-fn chunks(body: Body, idle_timeout: Duration) -> impl Stream<Item = Result<Bytes, Error>> + Send + 'static {
+/// A body's bytes as they come; an error item if they stop coming or come too slowly.
+fn chunks(body: Body, patience: Patience) -> impl Stream<Item = Result<Bytes, Error>> + Send + 'static {
     let frames = body.into_data_stream().map_err(|error| broken(&error));
-    futures_util::stream::unfold(Box::pin(frames), move |mut frames| async move {
-        let item = match tokio::time::timeout(idle_timeout, frames.next()).await {
+    futures_util::stream::unfold((Box::pin(frames), patience), |(mut frames, mut patience)| async move {
+        let begun = Instant::now();
+        let item = match timeout(patience.left(), frames.next()).await {
             Ok(item) => item?,
             Err(_) => Err(stalled()),
         };
-        Some((item, frames))
+        patience.waited(begun.elapsed(), item.as_ref().map_or(0, Bytes::len));
+        Some((item, (frames, patience)))
     })
 }
 

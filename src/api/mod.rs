@@ -9,12 +9,12 @@ mod blobs;
 mod block_list;
 mod observe;
 mod ops;
+pub mod patience;
 mod range;
 mod reply;
 pub mod serve;
+mod socket;
 mod twirp;
-
-use std::time::Duration;
 
 use axum::Router;
 use axum::http::{StatusCode, Uri};
@@ -22,6 +22,7 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{MethodRouter, any, get, post};
 
 pub use self::ops::Operations;
+use self::patience::Patience;
 use self::reply::{GithubError, TwirpError};
 use crate::service::Services;
 
@@ -40,8 +41,8 @@ pub enum Caller {
 #[derive(Clone, Debug)]
 pub struct Context {
     pub services: Services,
-    /// How long a request's body may make no progress.
-    pub body_idle_timeout: Duration,
+    /// How long a request's body may keep us waiting.
+    pub patience: Patience,
 }
 
 /// Routes, each with who may call it.

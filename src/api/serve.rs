@@ -3,18 +3,32 @@
 //! `app` runs one for each listener. HTTP/1.1 only: every client speaks it. `axum::serve` is not used because it
 //! installs no timer, which leaves hyper's time limits without effect.
 
+use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::{Body, HttpBody};
+use axum::http::HeaderValue;
+use axum::http::header::CONNECTION;
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Deserialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use super::patience::Patience;
+use super::socket::{Busy, Socket};
 
 /// The `[server]` section of the configuration.
 #[derive(Clone, Debug, Deserialize)]
@@ -26,19 +40,52 @@ pub struct Settings {
     /// How long requests under way then get to end.
     #[serde(with = "crate::duration")]
     pub drain_timeout: Duration,
-    /// A connection on which no whole request head comes for this long is closed.
+    /// A connection without a request for this long is closed.
     #[serde(with = "crate::duration")]
     pub idle_timeout: Duration,
-    /// A request whose body brings nothing for this long is ended.
+    /// How long the first byte of a connection may take, and then each head from its first byte on.
+    #[serde(with = "crate::duration")]
+    pub head_timeout: Duration,
+    /// A body of which nothing moves for this long is cut.
     #[serde(with = "crate::duration")]
     pub body_idle_timeout: Duration,
+    /// A body that is slower than this, measured over `body_idle_timeout`, is cut; 0: never.
+    pub min_bytes_per_second: u32,
     pub max_connections: usize,
+}
+
+impl Settings {
+    /// What every body begins with.
+    pub fn patience(&self) -> Patience {
+        Patience::new(self.body_idle_timeout, self.min_bytes_per_second)
+    }
 }
 
 /// hyper's read buffer: what a connection may hold of a body at once.
 const MAX_BUFFER_BYTES: usize = 128 * 1024;
 /// After an error of accept (too few file descriptors) the loop waits before it tries again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// File descriptors for what is not a connection or the file behind it: the database, syncs, the process itself.
+const OTHER_DESCRIPTORS: u64 = 256;
+
+/// Lets the process have as many file descriptors as the system allows it, and says how many connections they are
+/// enough for: an upload needs one for its connection and one for its file.
+pub fn connections_by_descriptors() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    let descriptors = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(_) => limit.current,
+    };
+    let connections = descriptors.map_or(u64::MAX, |descriptors| {
+        descriptors.saturating_sub(OTHER_DESCRIPTORS) / 2
+    });
+    usize::try_from(connections).unwrap_or(usize::MAX).max(1)
+}
 
 /// Serves until `stop` is cancelled, then lets requests under way end and closes the listener.
 /// Requests that last longer than `drain_timeout` after that are cut.
@@ -59,7 +106,13 @@ pub async fn serve(listener: TcpListener, router: Router, settings: &Settings, s
                 continue;
             }
         };
-        let connection = connection(stream, router.clone(), settings.idle_timeout, stop.clone());
+        let connection = connection(
+            stream,
+            router.clone(),
+            settings.clone(),
+            Arc::clone(&places),
+            stop.clone(),
+        );
         let cut = cut.clone();
         connections.spawn(async move {
             tokio::select! {
@@ -98,12 +151,35 @@ async fn accept(
     Ok((stream, place))
 }
 
-async fn connection(stream: TcpStream, router: Router, idle_timeout: Duration, stop: CancellationToken) {
+async fn connection(
+    stream: TcpStream,
+    router: Router,
+    settings: Settings,
+    places: Arc<Semaphore>,
+    stop: CancellationToken,
+) {
+    let busy = Busy::default();
+    let socket = Socket::new(stream, Arc::clone(&busy), settings.head_timeout, settings.patience());
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |request| {
+        busy.store(true, Ordering::Relaxed);
+        let (reply, busy, places) = (router.call(request), Arc::clone(&busy), Arc::clone(&places));
+        async move {
+            let mut reply = reply.await?.map(|body| Reply { body, busy });
+            // Others wait for a place: this one must not rest on it.
+            if places.available_permits() == 0 {
+                reply
+                    .headers_mut()
+                    .insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(reply)
+        }
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(idle_timeout)
+        .header_read_timeout(settings.idle_timeout)
         .max_buf_size(MAX_BUFFER_BYTES)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(socket), service);
     let mut connection = std::pin::pin!(connection);
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,
@@ -115,5 +191,34 @@ async fn connection(stream: TcpStream, router: Router, idle_timeout: Duration, s
     };
     if let Err(error) = outcome {
         tracing::debug!(%error, "a connection ended");
+    }
+}
+
+/// A reply's body, with whose end the connection waits for the next head.
+struct Reply {
+    body: Body,
+    busy: Busy,
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        self.busy.store(false, Ordering::Relaxed);
+    }
+}
+
+impl HttpBody for Reply {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }

@@ -29,7 +29,7 @@ impl<T: DeserializeOwned> FromRequest<Context> for Message<T> {
     async fn from_request(request: Request, context: &Context) -> Result<Self, TwirpError> {
         check_headers(request.headers())?;
         let reading = to_bytes(request.into_body(), MAX_BODY_BYTES);
-        let bytes = tokio::time::timeout(context.body_idle_timeout, reading)
+        let bytes = tokio::time::timeout(context.patience.left(), reading)
             .await
             .map_err(|_| {
                 TwirpError::new(

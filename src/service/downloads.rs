@@ -14,7 +14,7 @@ use super::Services;
 use crate::db::ReadableBlob;
 use crate::error::{Error, Result};
 use crate::model::{BlobId, Sha256};
-use crate::storage;
+use crate::storage::{self, BlockStore};
 
 /// How much of an unverified blob is held back until its hash is known.
 const HELD_BACK_BYTES: u64 = 64 * 1024;
@@ -53,11 +53,15 @@ impl Services {
                 "the end of the artifact is still being verified, try again".to_owned(),
             ));
         }
+        let share = self.memory.for_download(BlockStore::READ_HOLDS_BYTES).await?;
         let reader = self.store.read(storage::window(blocks, range)?).await?;
-        Ok(match expected {
+        let bytes: ByteStream = match expected {
             Some(expected) if whole => self.verified(blob, expected, Box::pin(reader)),
             _ => Box::pin(reader),
-        })
+        };
+        Ok(Box::pin(bytes.inspect(move |_| {
+            let _held = &share;
+        })))
     }
 
     async fn last_block_start(&self, blob: &ReadableBlob) -> Result<u64> {

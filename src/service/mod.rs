@@ -7,6 +7,7 @@ pub mod artifacts;
 pub mod cleaner;
 pub mod downloads;
 pub mod fsck;
+pub mod memory;
 pub mod scrub;
 pub mod uploads;
 pub mod verification;
@@ -29,6 +30,7 @@ pub struct Settings {
     pub verification: verification::Settings,
     pub cleaner: cleaner::Settings,
     pub scrub: scrub::Settings,
+    pub memory: memory::Settings,
 }
 
 /// Everything a handler or a background task works with. Cloning shares it.
@@ -42,6 +44,8 @@ pub struct Parts {
     pub papers: Papers,
     pub clock: Clock,
     pub settings: Settings,
+    /// What bytes on their way through may take of the memory.
+    memory: memory::Memory,
     /// Wakes the verifier when there is something to verify, so that it need not poll often.
     verify: Notify,
 }
@@ -53,6 +57,7 @@ impl Services {
             store,
             papers,
             clock,
+            memory: memory::Memory::new(&settings.memory),
             settings,
             verify: Notify::new(),
         }))

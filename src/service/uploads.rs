@@ -15,6 +15,7 @@ use crate::db::{Committed, ListEntry, WritableBlob};
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::model::{BlobId, Block, ObjectKey};
+use crate::storage::BlockStore;
 
 /// The `[uploads]` section of the configuration.
 #[derive(Clone, Debug, Deserialize)]
@@ -66,7 +67,9 @@ impl Services {
         }
         self.check_open(blob).await?;
         self.check_artifact_size(self.staged_bytes(blob).await?.saturating_add(upload.size_bytes))?;
+        let share = self.memory.for_upload(BlockStore::PUT_HOLDS_BYTES).await?;
         let block = self.store_object(blob, upload).await?;
+        drop(share);
         failpoint::reach("block_stored");
         let staged = self.db.stage_block(blob, block_id, &block, self.clock.now_ms()).await;
         match staged {
@@ -151,6 +154,7 @@ impl Services {
         let block = if upload.size_bytes == 0 {
             None
         } else {
+            let _share = self.memory.for_upload(BlockStore::PUT_HOLDS_BYTES).await?;
             Some(self.store_object(blob, upload).await?)
         };
         failpoint::reach("put_blob_stored");

@@ -30,7 +30,7 @@ const WRITE_BATCH_BYTES: usize = 256 * 1024;
 /// What the kernel takes in one vectored write, and the bound on what a body of tiny frames can pile up.
 const WRITE_BATCH_FRAMES: usize = 1024;
 /// 64 KiB measured twice the CPU time.
-const READ_CHUNK_BYTES: u64 = 1024 * 1024;
+pub(super) const READ_CHUNK_BYTES: u64 = 1024 * 1024;
 /// Files that are held open while they are synced in the background. When all are taken, the block list syncs the rest.
 const BACKGROUND_SYNCS: usize = 64;
 /// Syncs that one block list waits for at a time.

@@ -71,12 +71,11 @@ pub struct BlockReader(BoxStream<'static, Result<Bytes>>);
 
 impl BlockReader {
     pub(super) async fn open(store: BlockStore, pieces: Vec<Piece>) -> Result<Self> {
-        let mut reading = Reading {
+        let reading = Reading {
             ahead: None,
             pieces: pieces.into_iter(),
             store,
         };
-        reading.ahead = reading.fetch_next();
         let mut chunks = Box::pin(stream::try_unfold((None, reading), |(current, reading)| {
             next(current, reading)
         }));
@@ -93,8 +92,10 @@ impl Stream for BlockReader {
     }
 }
 
-/// What comes after the current piece; the next one is being fetched already.
+/// What comes after the current piece.
 struct Reading {
+    /// Being fetched already: all the while from a bucket, which takes long to answer; from a disk, which reads one
+    /// chunk ahead anyway, only behind the last chunk of the current piece.
     ahead: Option<Source>,
     pieces: vec::IntoIter<Piece>,
     store: BlockStore,
@@ -118,15 +119,22 @@ type Step = (Bytes, (Option<Source>, Reading));
 async fn next(mut current: Option<Source>, mut reading: Reading) -> Result<Option<Step>> {
     loop {
         let Some(source) = &mut current else {
-            current = reading.ahead.take();
+            current = reading.ahead.take().or_else(|| reading.fetch_next());
             if current.is_none() {
                 return Ok(None);
             }
-            reading.ahead = reading.fetch_next();
+            if matches!(reading.store, BlockStore::Object(_)) {
+                reading.ahead = reading.fetch_next();
+            }
             continue;
         };
         match source.next().await? {
-            Some(chunk) => return Ok(Some((chunk, (current, reading)))),
+            Some(chunk) => {
+                if source.left == 0 && reading.ahead.is_none() {
+                    reading.ahead = reading.fetch_next();
+                }
+                return Ok(Some((chunk, (current, reading))));
+            }
             None => current = None,
         }
     }

@@ -4,6 +4,7 @@
 
 mod artifacts_api;
 mod bad_inputs;
+mod bounds;
 mod cli;
 mod clients;
 mod common;

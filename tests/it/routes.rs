@@ -18,7 +18,7 @@ async fn every_route_is_guarded_as_declared() {
     let server = TestServer::start(Backend::SqliteDisk).await;
     let map = api::public(Context {
         services: server.app.services.clone(),
-        body_idle_timeout: server.config.server.body_idle_timeout,
+        patience: server.config.server.patience(),
     });
     let blob = uuid::Uuid::now_v7();
     let mut public = Vec::new();

@@ -16,6 +16,7 @@ use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::client::Client;
@@ -99,13 +100,13 @@ struct Proxy {
     endpoint: String,
     rule: Arc<Mutex<Option<Rule>>>,
     cleared: watch::Sender<()>,
-    _listening: AbortOnDropHandle<()>,
+    passing: Passing,
+    listening: Option<AbortOnDropHandle<()>>,
 }
 
 impl Proxy {
     fn before(upstream: &str) -> Self {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.set_nonblocking(true).unwrap();
+        let listener = bind("127.0.0.1:0");
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let (cleared, watched) = watch::channel(());
         let rule = Arc::new(Mutex::new(None));
@@ -115,21 +116,25 @@ impl Proxy {
             rule: Arc::clone(&rule),
             cleared: watched,
         };
-        let listening = tokio::spawn(async move {
-            let listener = TcpListener::from_std(listener).unwrap();
-            loop {
-                let (socket, _) = listener.accept().await.unwrap();
-                let passing = passing.clone();
-                let service = service_fn(move |request| passing.clone().handle(request));
-                tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(socket), service));
-            }
-        });
         Self {
             endpoint,
             rule,
             cleared,
-            _listening: AbortOnDropHandle::new(listening),
+            listening: Some(passing.clone().listen(listener)),
+            passing,
         }
+    }
+
+    /// From now on nobody listens, and connections that are open end.
+    async fn go_away(&mut self) {
+        let listening = self.listening.take().unwrap();
+        listening.abort();
+        let _ = listening.await;
+    }
+
+    fn come_back(&mut self) {
+        let listener = bind(self.endpoint.strip_prefix("http://").unwrap());
+        self.listening = Some(self.passing.clone().listen(listener));
     }
 
     fn befall(&self, method: Option<Method>, fault: Fault, one_in: usize, left: usize) {
@@ -163,6 +168,12 @@ impl Proxy {
     }
 }
 
+fn bind(address: &str) -> std::net::TcpListener {
+    let listener = std::net::TcpListener::bind(address).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    listener
+}
+
 /// What each connection of the proxy needs.
 #[derive(Clone)]
 struct Passing {
@@ -173,6 +184,19 @@ struct Passing {
 }
 
 impl Passing {
+    fn listen(self, listener: std::net::TcpListener) -> AbortOnDropHandle<()> {
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            let listener = TcpListener::from_std(listener).unwrap();
+            let mut connections = JoinSet::new();
+            loop {
+                let (socket, _) = listener.accept().await.unwrap();
+                let passing = self.clone();
+                let service = service_fn(move |request| passing.clone().handle(request));
+                connections.spawn(http1::Builder::new().serve_connection(TokioIo::new(socket), service));
+            }
+        }))
+    }
+
     fn fault(&self, request: &Request<Incoming>) -> Option<Fault> {
         let mut rule = self.rule.lock().unwrap();
         let rule = rule.as_mut()?;
@@ -319,6 +343,31 @@ async fn a_put_that_fails_is_put_off_and_leaves_nothing_in_sight() {
         assert_eq!(reply.status, 201, "{fault:?} is over: {reply}");
         client.finalize(&name, &bytes).await.unwrap();
     }
+    check_all(&server, client).await;
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_away_puts_requests_off_until_it_is_back() {
+    let (server, mut proxy, client) = start().await;
+    let bytes = content(0, 700_000);
+    client.upload("before", &bytes, 300_000).await.unwrap();
+    let link = client.create("during").await.unwrap();
+    proxy.go_away().await;
+    let reply = client.put(&link, bytes.clone()).await;
+    assert!(reply.is_busy(), "{reply}");
+    let reply = client.put(&block_link(&link, "00000000"), bytes.clone()).await;
+    assert!(reply.is_busy(), "{reply}");
+    let reply = client.download("before").await;
+    assert!(reply.is_busy(), "{reply}");
+    let ready = reqwest::get(format!("http://{}/readyz", server.app.internal))
+        .await
+        .unwrap();
+    assert_eq!(ready.status(), 503);
+    assert!(ready.text().await.unwrap().contains("store: "));
+    proxy.come_back();
+    assert_eq!(client.put(&link, bytes.clone()).await.status, 201);
+    client.finalize("during", &bytes).await.unwrap();
     check_all(&server, client).await;
     server.stop().await;
 }

@@ -1,0 +1,127 @@
+//! A client's connection with the time limits that hyper has not: for a request's head, and for a reply that the
+//! client does not take.
+//!
+//! Made by `serve.rs`, read and written by hyper. Knows no HTTP: `serve.rs` tells it when a request is under way.
+
+use std::future::Future;
+use std::io::{self, ErrorKind, IoSlice};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep};
+
+use super::patience::Patience;
+
+/// Set while a request is under way, from the end of its head to the end of its reply.
+pub type Busy = Arc<AtomicBool>;
+
+pub struct Socket {
+    stream: TcpStream,
+    busy: Busy,
+    head_timeout: Duration,
+    /// Runs from a head's first byte, or from the connection's beginning, to the head's end.
+    head: Option<Pin<Box<Sleep>>>,
+    patience: Patience,
+    stalled: Option<Stalled>,
+}
+
+/// The client takes no more of a reply.
+struct Stalled {
+    since: Instant,
+    end: Pin<Box<Sleep>>,
+}
+
+impl Socket {
+    pub fn new(stream: TcpStream, busy: Busy, head_timeout: Duration, patience: Patience) -> Self {
+        Self {
+            stream,
+            busy,
+            head_timeout,
+            head: Some(Box::pin(sleep(head_timeout))),
+            patience,
+            stalled: None,
+        }
+    }
+
+    /// What a write came to, unless the client's time is up.
+    fn written(&mut self, cx: &mut Context<'_>, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match &outcome {
+            Poll::Pending => {
+                let left = self.patience.left();
+                let stalled = self.stalled.get_or_insert_with(|| Stalled {
+                    since: Instant::now(),
+                    end: Box::pin(sleep(left)),
+                });
+                ready!(stalled.end.as_mut().poll(cx));
+                Poll::Ready(Err(io::Error::new(ErrorKind::TimedOut, "the client takes no more")))
+            }
+            Poll::Ready(Ok(bytes)) => {
+                if let Some(stalled) = self.stalled.take() {
+                    self.patience.waited(stalled.since.elapsed(), *bytes);
+                }
+                outcome
+            }
+            Poll::Ready(Err(_)) => outcome,
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let outcome = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        if self.busy.load(Ordering::Relaxed) {
+            self.head = None;
+            return outcome;
+        }
+        if outcome.is_pending() {
+            return match &mut self.head {
+                Some(end) => {
+                    ready!(end.as_mut().poll(cx));
+                    Poll::Ready(Err(io::Error::new(
+                        ErrorKind::TimedOut,
+                        "the request's head did not come",
+                    )))
+                }
+                None => Poll::Pending,
+            };
+        }
+        if buffer.filled().len() > before && self.head.is_none() {
+            self.head = Some(Box::pin(sleep(self.head_timeout)));
+        }
+        outcome
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let outcome = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.written(cx, outcome)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let outcome = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.written(cx, outcome)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,137 @@
+//! How much memory bytes may take on their way through the server, and who waits when it is taken.
+//!
+//! `uploads.rs` and `downloads.rs` take a share before the first byte moves and keep it until the last. A share is what
+//! one stream can hold at once, whatever it says of its length; who waits for one holds next to nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+
+use crate::error::{Error, Result};
+
+/// The `[memory]` section of the configuration.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// What all uploads together may hold.
+    pub upload_bytes: u64,
+    /// What all downloads together may hold.
+    pub download_bytes: u64,
+    /// How long a request waits for its share.
+    #[serde(with = "crate::duration")]
+    pub wait: Duration,
+}
+
+/// Shares are counted in pieces of this size, so that a semaphore's counter is enough.
+const UNIT_BYTES: u64 = 64 * 1024;
+/// A downloading client gives up for good after 30 s without a byte, but comes again after a 503.
+const DOWNLOAD_WAIT: Duration = Duration::from_secs(20);
+
+#[derive(Debug)]
+pub struct Memory {
+    uploads: Budget,
+    downloads: Budget,
+}
+
+/// A part of the memory, given back when it is dropped.
+#[derive(Debug)]
+pub struct Share(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
+
+#[derive(Debug)]
+struct Budget {
+    free: Arc<Semaphore>,
+    units: u32,
+    wait: Duration,
+    metric: &'static str,
+}
+
+impl Memory {
+    pub fn new(settings: &Settings) -> Self {
+        Self {
+            uploads: Budget::new(settings.upload_bytes, settings.wait, "upload"),
+            downloads: Budget::new(settings.download_bytes, settings.wait.min(DOWNLOAD_WAIT), "download"),
+        }
+    }
+
+    /// A share for an upload that holds up to so many bytes at once.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when there is none within the time to wait.
+    pub async fn for_upload(&self, bytes: u64) -> Result<Share> {
+        self.uploads.take(bytes).await
+    }
+
+    /// A share for a download.
+    ///
+    /// # Errors
+    /// As for an upload.
+    pub async fn for_download(&self, bytes: u64) -> Result<Share> {
+        self.downloads.take(bytes).await
+    }
+}
+
+fn units(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX)
+}
+
+impl Budget {
+    fn new(bytes: u64, wait: Duration, metric: &'static str) -> Self {
+        let units = units(bytes).clamp(1, u32::try_from(Semaphore::MAX_PERMITS).unwrap_or(u32::MAX));
+        Self {
+            free: Arc::new(Semaphore::new(units as usize)),
+            units,
+            wait,
+            metric,
+        }
+    }
+
+    async fn take(&self, bytes: u64) -> Result<Share> {
+        // A stream that is larger than all there is goes alone.
+        let wanted = units(bytes).min(self.units);
+        match timeout(self.wait, Arc::clone(&self.free).acquire_many_owned(wanted)).await {
+            Ok(Ok(permit)) => Ok(Share(permit)),
+            Ok(Err(_)) | Err(_) => {
+                metrics::counter!("wharfinger_memory_refused_total", "for" => self.metric).increment(1);
+                Err(Error::Busy("the server is busy, try again".to_owned()))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With no time to wait at all.
+    fn memory() -> Memory {
+        Memory::new(&Settings {
+            upload_bytes: 4 * UNIT_BYTES,
+            download_bytes: UNIT_BYTES,
+            wait: Duration::ZERO,
+        })
+    }
+
+    #[tokio::test]
+    async fn a_share_is_there_when_enough_is_free() {
+        let memory = memory();
+        let first = memory.for_upload(3 * UNIT_BYTES - 1).await.unwrap();
+        assert!(matches!(memory.for_upload(2 * UNIT_BYTES).await, Err(Error::Busy(_))));
+        let second = memory.for_upload(UNIT_BYTES).await.unwrap();
+        drop(first);
+        let third = memory.for_upload(3 * UNIT_BYTES).await.unwrap();
+        drop((second, third));
+        memory.for_download(1).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_larger_than_all_goes_alone() {
+        let memory = memory();
+        let alone = memory.for_download(100 * UNIT_BYTES).await.unwrap();
+        assert!(memory.for_download(1).await.is_err());
+        drop(alone);
+        memory.for_download(1).await.unwrap();
+    }
+}
