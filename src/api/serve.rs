@@ -13,6 +13,7 @@ use hyper_util::service::TowerToHyperService;
 use serde::Deserialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -29,7 +30,7 @@ pub struct Settings {
     /// A connection on which no whole request head comes for this long is closed.
     #[serde(with = "crate::duration")]
     pub idle_timeout: Duration,
-    /// A request whose body brings nothing for this long is ended.
+    /// A request whose body brings nothing for this long is ended, and so is a reply of which the client takes nothing.
     #[serde(with = "crate::duration")]
     pub body_idle_timeout: Duration,
     pub max_connections: usize,
@@ -59,7 +60,7 @@ pub async fn serve(listener: TcpListener, router: Router, settings: &Settings, s
                 continue;
             }
         };
-        let connection = connection(stream, router.clone(), settings.idle_timeout, stop.clone());
+        let connection = connection(stream, router.clone(), settings.clone(), stop.clone());
         let cut = cut.clone();
         connections.spawn(async move {
             tokio::select! {
@@ -98,12 +99,15 @@ async fn accept(
     Ok((stream, place))
 }
 
-async fn connection(stream: TcpStream, router: Router, idle_timeout: Duration, stop: CancellationToken) {
+async fn connection(stream: TcpStream, router: Router, settings: Settings, stop: CancellationToken) {
+    // hyper would wait for ever for a client that takes nothing.
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(settings.body_idle_timeout));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(idle_timeout)
+        .header_read_timeout(settings.idle_timeout)
         .max_buf_size(MAX_BUFFER_BYTES)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router));
     let mut connection = std::pin::pin!(connection);
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,

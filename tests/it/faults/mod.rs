@@ -7,6 +7,7 @@ mod disk;
 mod mount;
 mod power;
 mod s3;
+mod vanishing;
 
 use std::io::Write;
 use std::time::{Duration, Instant};
