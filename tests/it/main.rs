@@ -17,6 +17,7 @@ mod layers;
 mod model;
 mod races;
 mod replicas;
+mod restore;
 mod routes;
 mod seaweedfs;
 mod storage_contract;

@@ -23,7 +23,7 @@ use super::{check_all, content, until};
 use crate::common::{Backend, TestServer, block_link};
 
 #[derive(Clone, Copy, Debug)]
-enum Fault {
+pub(super) enum Fault {
     /// Answers so without reading the request.
     Status(u16),
     /// Takes the request, does nothing and reports the error behind a 200.
@@ -95,15 +95,15 @@ struct Rule {
     hits: usize,
 }
 
-struct Proxy {
-    endpoint: String,
+pub(super) struct Proxy {
+    pub(super) endpoint: String,
     rule: Arc<Mutex<Option<Rule>>>,
     cleared: watch::Sender<()>,
     _listening: AbortOnDropHandle<()>,
 }
 
 impl Proxy {
-    fn before(upstream: &str) -> Self {
+    pub(super) fn before(upstream: &str) -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -132,7 +132,7 @@ impl Proxy {
         }
     }
 
-    fn befall(&self, method: Option<Method>, fault: Fault, one_in: usize, left: usize) {
+    pub(super) fn befall(&self, method: Option<Method>, fault: Fault, one_in: usize, left: usize) {
         *self.rule.lock().unwrap() = Some(Rule {
             fault,
             method,
@@ -156,7 +156,7 @@ impl Proxy {
     }
 
     /// Ends the faults, also those that wait. Returns how many requests they befell.
-    fn clear(&self) -> usize {
+    pub(super) fn clear(&self) -> usize {
         let rule = self.rule.lock().unwrap().take();
         self.cleared.send_replace(());
         rule.map_or(0, |rule| rule.hits)
