@@ -94,7 +94,7 @@ impl std::fmt::Debug for Answer {
     }
 }
 
-/// What became of an artifact that was promised: id, size and hash.
+/// What was promised of an artifact: id, size and hash.
 type Promise = (String, usize, [u8; 32]);
 
 /// The client of one job, in a run of its own, which asks either replica.
@@ -182,7 +182,7 @@ impl Worker {
         .await
     }
 
-    /// Uploads what is not to be finalized, or all. `None` if the upload was given up.
+    /// Uploads blocks and finalizes them. `None` if the upload was given up.
     async fn try_upload(&mut self, name: &str, blocks: &[Vec<u8>], expires: Option<SystemTime>) -> Option<Answer> {
         let begun = Instant::now();
         let mut fields = json!({ "name": name, "version": 4 });
