@@ -18,6 +18,7 @@ mod layers;
 mod model;
 mod races;
 mod replicas;
+mod restore;
 mod routes;
 mod seaweedfs;
 mod storage_contract;

@@ -127,6 +127,26 @@ impl TestServer {
         }
     }
 
+    /// Stops, lets something be done to what lies still, and starts again, on another port.
+    pub async fn restarted(self, between: impl AsyncFnOnce(&mut Config)) -> Self {
+        let Self {
+            app, mut config, clock, ..
+        } = self;
+        app.stop().await;
+        between(&mut config).await;
+        let app = App::start(&config, Clock::Fixed(Arc::clone(&clock)), None)
+            .await
+            .unwrap();
+        let url = app.services.papers.public_url().to_owned();
+        Self {
+            app,
+            config,
+            url,
+            clock,
+            ..self
+        }
+    }
+
     /// Moves the clock.
     pub fn advance(&self, span: Duration) {
         self.clock

@@ -4,9 +4,13 @@
 mod client;
 mod database;
 mod disk;
+mod memory;
 mod mount;
 mod power;
 mod s3;
+mod soak;
+mod vanishing;
+mod verification;
 
 use std::io::Write;
 use std::time::{Duration, Instant};

@@ -24,7 +24,7 @@ use super::{check_all, content, until};
 use crate::common::{Backend, TestServer, block_link};
 
 #[derive(Clone, Copy, Debug)]
-enum Fault {
+pub(super) enum Fault {
     /// Answers so without reading the request.
     Status(u16),
     /// Takes the request, does nothing and reports the error behind a 200.
@@ -96,8 +96,8 @@ struct Rule {
     hits: usize,
 }
 
-struct Proxy {
-    endpoint: String,
+pub(super) struct Proxy {
+    pub(super) endpoint: String,
     rule: Arc<Mutex<Option<Rule>>>,
     cleared: watch::Sender<()>,
     passing: Passing,
@@ -105,7 +105,7 @@ struct Proxy {
 }
 
 impl Proxy {
-    fn before(upstream: &str) -> Self {
+    pub(super) fn before(upstream: &str) -> Self {
         let listener = bind("127.0.0.1:0");
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let (cleared, watched) = watch::channel(());
@@ -137,7 +137,7 @@ impl Proxy {
         self.listening = Some(self.passing.clone().listen(listener));
     }
 
-    fn befall(&self, method: Option<Method>, fault: Fault, one_in: usize, left: usize) {
+    pub(super) fn befall(&self, method: Option<Method>, fault: Fault, one_in: usize, left: usize) {
         *self.rule.lock().unwrap() = Some(Rule {
             fault,
             method,
@@ -161,7 +161,7 @@ impl Proxy {
     }
 
     /// Ends the faults, also those that wait. Returns how many requests they befell.
-    fn clear(&self) -> usize {
+    pub(super) fn clear(&self) -> usize {
         let rule = self.rule.lock().unwrap().take();
         self.cleared.send_replace(());
         rule.map_or(0, |rule| rule.hits)
