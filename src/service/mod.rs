@@ -12,6 +12,7 @@ pub mod uploads;
 pub mod verification;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use serde::Deserialize;
 use tokio::sync::Notify;
@@ -42,6 +43,8 @@ pub struct Parts {
     pub papers: Papers,
     pub clock: Clock,
     pub settings: Settings,
+    /// What the last look at the database's clock found.
+    clock_was_off: AtomicBool,
     /// Wakes the verifier when there is something to verify, so that it need not poll often.
     verify: Notify,
 }
@@ -54,6 +57,7 @@ impl Services {
             papers,
             clock,
             settings,
+            clock_was_off: AtomicBool::new(false),
             verify: Notify::new(),
         }))
     }
