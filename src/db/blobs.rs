@@ -418,9 +418,9 @@ impl Db {
 
     /// Whether these blocks are the blob's content, as a list would leave it. Of no blocks nobody can tell.
     async fn has_content(&self, blob: BlobId, blocks: &[StagedBlock]) -> Result<bool> {
-        let size_bytes = blocks.iter().map(|row| row.block.size_bytes).sum();
-        let content = self.content_blocks(blob, 0, size_bytes).await?;
-        let content = content.iter().map(|(_, block)| block);
+        let rows = self.all_blocks(blob).await?;
+        let content = rows.iter().filter(|row| row.start_offset.is_some());
+        let content = content.map(|row| &row.block);
         Ok(!blocks.is_empty() && content.eq(blocks.iter().map(|row| &row.block)))
     }
 
