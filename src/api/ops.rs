@@ -15,7 +15,6 @@ use serde_json::{Value, json};
 
 use crate::error::Result;
 use crate::service::Services;
-use crate::service::cleaner::MAX_CLOCK_SKEW_MS;
 
 /// A part that does not answer within this is not ready.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -36,22 +35,24 @@ pub async fn healthz() -> &'static str {
 
 pub async fn readyz(State(operations): State<Operations>) -> (StatusCode, Json<Value>) {
     let services = &operations.services;
-    let (database, store, skew) = tokio::join!(
-        answer(services.db.ping()),
-        answer(services.store.check()),
-        answer(services.db.clock_skew_ms())
-    );
+    let database = async {
+        services.db.ping().await?;
+        services.clock_is_off_by().await
+    };
+    let (database, store) = tokio::join!(answer(database), answer(services.store.check()));
     let mut reasons = Vec::new();
     if operations.draining.load(Ordering::Relaxed) {
         reasons.push("the server is stopping".to_owned());
     }
-    reasons.extend(database.err().map(|error| format!("database: {error}")));
-    reasons.extend(store.err().map(|error| format!("store: {error}")));
-    if let Ok(skew_ms) = skew
-        && skew_ms.abs() > MAX_CLOCK_SKEW_MS
-    {
-        reasons.push(format!("the clock is {skew_ms} ms off the database's"));
+    match database {
+        Ok(None) => {}
+        Ok(Some(skew_ms)) => {
+            let (seconds, way) = (skew_ms.abs() / 1000, if skew_ms > 0 { "ahead of" } else { "behind" });
+            reasons.push(format!("the clock is {seconds} s {way} the database's"));
+        }
+        Err(error) => reasons.push(format!("database: {error}")),
     }
+    reasons.extend(store.err().map(|error| format!("store: {error}")));
     let status = if reasons.is_empty() {
         StatusCode::OK
     } else {

@@ -6,8 +6,8 @@
 use uuid::Uuid;
 
 use super::blobs::digest;
-use super::{Db, TRIES, lost_every_race, on, transaction, unsigned};
-use crate::error::Result;
+use super::{Db, Failure, TRIES, lost_every_race, on, transaction, unsigned};
+use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::model::{ArtifactId, BlobId, BlobKind, BlobState, Principal, RunKey, Sha256};
 
@@ -104,6 +104,7 @@ impl Db {
         let blob = BlobId::fresh();
         let mut refused = None;
         let created = transaction!(self, durable, |tx| {
+            refused = None;
             // Locks the name, so that any number of creates of it go one after the other.
             let there: Option<(i64, String, Uuid, i64)> = sqlx::query_as(
                 "UPDATE artifacts SET state = state
@@ -195,7 +196,10 @@ impl Db {
                 .rows_affected()
                     == 1
             };
-            if placed && let Some(limit) = new.max_per_job {
+            if placed
+                && refused.is_none()
+                && let Some(limit) = new.max_per_job
+            {
                 let count: i64 = sqlx::query_scalar(
                     "SELECT count(*) FROM artifacts WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3
                          AND run_attempt = $4 AND job_backend_id = $5",
@@ -213,7 +217,11 @@ impl Db {
             }
             (placed && refused.is_none()).then_some(())
         });
-        Ok(created.map(|()| Created::Upload(blob)).or(refused))
+        match created {
+            // Whether or not it came to be, the next takes its place.
+            Err(Failure::Unknown(_)) => Ok(None),
+            created => Ok(created?.map(|()| Created::Upload(blob)).or(refused)),
+        }
     }
 
     /// The artifact that a job is about to finalize, if it lives at `now_ms`.
@@ -230,7 +238,7 @@ impl Db {
                 "SELECT a.id, a.job_backend_id, a.state, b.id, b.state, b.revision, b.size_bytes, b.sha256
                  FROM artifacts a JOIN blobs b ON b.id = a.blob_id
                  WHERE a.issuer = $1 AND a.repository = $2 AND a.run_backend_id = $3 AND a.name = $4
-                     AND a.run_attempt = $5 AND (a.state = 'pending' OR a.expires_at_ms > $6)",
+                     AND a.run_attempt = $5 AND a.expires_at_ms > $6",
             )
             .bind(&run.issuer)
             .bind(&run.repository)
@@ -259,7 +267,8 @@ impl Db {
     }
 
     /// Seals the blob's content of that revision and shows the artifact, in one step.
-    /// `false` if the artifact or the content changed since the candidate was read: look again.
+    /// `false` if the artifact or the content changed since the candidate was read, or if it may have been sealed
+    /// now and nobody said so: look again.
     pub async fn finalize_artifact(
         &self,
         candidate: &FinalizeCandidate,
@@ -315,7 +324,10 @@ impl Db {
                 None
             }
         });
-        Ok(done.is_some())
+        match done {
+            Err(Failure::Unknown(_)) => Ok(false),
+            done => Ok(done?.is_some()),
+        }
     }
 
     /// The finalized artifacts of a run that live at `now_ms`, newest first. An attempt sees its own and those of
@@ -406,6 +418,15 @@ impl Db {
 
     /// Takes an artifact out of everybody's sight and ends its links. `false` if it was gone already.
     pub async fn delete_artifact(&self, artifact: &NewestArtifact, now_ms: i64) -> Result<bool> {
+        match self.try_delete_artifact(artifact, now_ms).await {
+            // It was there a moment ago. If it is gone, this has done it; if not, it is done now.
+            Err(Failure::Unknown(_)) => self.try_delete_artifact(artifact, now_ms).await.map(|_| true),
+            deleted => deleted,
+        }
+        .map_err(Error::from)
+    }
+
+    async fn try_delete_artifact(&self, artifact: &NewestArtifact, now_ms: i64) -> std::result::Result<bool, Failure> {
         let deleted = transaction!(self, durable, |tx| {
             let hidden = sqlx::query("DELETE FROM artifacts WHERE id = $1 AND blob_id = $2 AND state = 'finalized'")
                 .bind(artifact.id.0)
@@ -427,7 +448,7 @@ impl Db {
                 failpoint::reach("delete_before_commit");
                 Some(())
             }
-        });
+        })?;
         Ok(deleted.is_some())
     }
 }

@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use uuid::Uuid;
 
-use super::{Db, TRIES, is_duplicate, lost_every_race, on, signed, transaction, unsigned};
+use super::{Db, Failure, TRIES, lost_every_race, on, signed, transaction, unsigned};
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::model::{BlobId, BlobState, Block, ObjectKey, Sha256};
@@ -196,23 +196,23 @@ impl Db {
         }
         // Either the blob is closed or the block was staged before: the lock tells which, and replaces it in peace.
         for _ in 0..TRIES {
-            match self.replace_staged_block(blob, block_id, block, now_ms).await {
-                Err(ReplaceError::Raced) => {}
-                Err(ReplaceError::Failed(error)) => return Err(error),
-                Ok(replaced) => return Ok(replaced),
+            if let Some(replaced) = self.replace_staged_block(blob, block_id, block, now_ms).await? {
+                return Ok(replaced);
             }
         }
         Err(lost_every_race())
     }
 
+    /// `false` if the blob is closed. `None` if another request staged this block at the same moment.
     async fn replace_staged_block(
         &self,
         blob: BlobId,
         block_id: &str,
         block: &Block,
         now_ms: i64,
-    ) -> std::result::Result<bool, ReplaceError> {
+    ) -> Result<Option<bool>> {
         let (size, offset) = (signed(block.size_bytes)?, signed(block.object_offset)?);
+        let mut raced = false;
         let replaced = transaction!(self, staging, |tx| {
             let open =
                 sqlx::query("UPDATE blobs SET state = state WHERE id = $1 AND state IN ('staging', 'committed')")
@@ -238,9 +238,9 @@ impl Db {
                         .execute(&mut *tx)
                         .await?;
                 }
-                sqlx::query(
+                let inserted = sqlx::query(
                     "INSERT INTO blocks (blob_id, block_id, object_key, object_offset, size_bytes, crc64)
-                     VALUES ($1, $2, $3, $4, $5, $6)",
+                     VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
                 )
                 .bind(blob.0)
                 .bind(block_id)
@@ -249,12 +249,17 @@ impl Db {
                 .bind(size)
                 .bind(block.crc64.cast_signed())
                 .execute(&mut *tx)
-                .await?;
+                .await?
+                .rows_affected();
+                raced = inserted == 0;
                 failpoint::reach("block_resent_before_commit");
-                Some(())
+                (!raced).then_some(())
             }
         });
-        Ok(replaced.is_some())
+        match replaced {
+            Err(Failure::Unknown(_)) if self.is_object_in_use(&block.object_key).await? => Ok(Some(true)),
+            replaced => Ok(replaced?.map(|()| true).or((!raced).then_some(false))),
+        }
     }
 
     /// What the blob's blocks add up to, listed or not.
@@ -307,6 +312,7 @@ impl Db {
         let size = signed(durable.iter().map(|row| row.block.size_bytes).sum())?;
         let mut changed = false;
         let done = transaction!(self, durable, |tx| {
+            changed = false;
             let open = sqlx::query(GIVE_CONTENT)
                 .bind(blob.0)
                 .bind(size)
@@ -380,6 +386,10 @@ impl Db {
                 }
             }
         });
+        let done = match done {
+            Err(Failure::Unknown(_)) if self.has_content(blob, durable).await? => Some(()),
+            done => done?,
+        };
         if done.is_some() {
             return Ok(Committed::Done);
         }
@@ -404,6 +414,14 @@ impl Db {
             Some(WritableBlob::Open) => Ok(Committed::BlocksChanged),
             None => Err(WritableBlob::missing()),
         }
+    }
+
+    /// Whether these blocks are the blob's content, as a list would leave it. Of no blocks nobody can tell.
+    async fn has_content(&self, blob: BlobId, blocks: &[StagedBlock]) -> Result<bool> {
+        let rows = self.all_blocks(blob).await?;
+        let content = rows.iter().filter(|row| row.start_offset.is_some());
+        let content = content.map(|row| &row.block);
+        Ok(!blocks.is_empty() && content.eq(blocks.iter().map(|row| &row.block)))
     }
 
     /// Makes one object the blob's whole content (Put Blob). What it had before becomes garbage.
@@ -461,6 +479,10 @@ impl Db {
                 Some(())
             }
         });
+        let done = match (done, block) {
+            (Err(Failure::Unknown(_)), Some(block)) if self.is_object_in_use(&block.object_key).await? => Some(()),
+            (done, _) => done?,
+        };
         match done {
             Some(()) => Ok(()),
             None => Err(self
@@ -610,31 +632,8 @@ impl Db {
             .await?
             .rows_affected();
             (rows == 1).then_some(())
-        });
+        })?;
         Ok(failed.is_some())
-    }
-}
-
-/// Why a staged block could not be replaced.
-enum ReplaceError {
-    /// Another request inserted a block with this id at the same moment.
-    Raced,
-    Failed(Error),
-}
-
-impl From<sqlx::Error> for ReplaceError {
-    fn from(error: sqlx::Error) -> Self {
-        if is_duplicate(&error) {
-            Self::Raced
-        } else {
-            Self::Failed(error.into())
-        }
-    }
-}
-
-impl From<Error> for ReplaceError {
-    fn from(error: Error) -> Self {
-        Self::Failed(error)
     }
 }
 

@@ -34,7 +34,7 @@ impl Db {
                 .await?;
             }
             Some(blobs.len())
-        });
+        })?;
         Ok(expired.unwrap_or_default() as u64)
     }
 
@@ -68,7 +68,7 @@ impl Db {
                 .rows_affected();
             }
             Some(abandoned)
-        });
+        })?;
         Ok(abandoned.unwrap_or_default())
     }
 
@@ -157,7 +157,7 @@ impl Db {
                     .await?;
                 Some(())
             }
-        });
+        })?;
         Ok(())
     }
 
@@ -185,7 +185,7 @@ impl Db {
                     .await?;
                 Some(())
             }
-        });
+        })?;
         Ok(())
     }
 
@@ -212,7 +212,7 @@ impl Db {
                 .execute(&mut *tx)
                 .await?;
             Some(())
-        });
+        })?;
         Ok(())
     }
 

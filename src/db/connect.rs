@@ -14,6 +14,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 
 use super::{Db, Sqlite};
+use crate::failpoint;
 
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
 static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
@@ -32,6 +33,22 @@ pub struct Settings {
     pub url: SecretString,
     /// Connections to Postgres per replica.
     pub max_connections: u32,
+}
+
+/// Migrates step by step, each of which is one transaction: first sqlx's own table, then one migration after the other.
+macro_rules! in_steps {
+    ($migrator:expr, $pool:expr) => {{
+        let migrations = $migrator.iter().map(|migration| migration.version);
+        let mut outcome = Ok(());
+        for version in std::iter::once(0).chain(migrations) {
+            outcome = $migrator.run_to(version, $pool).await;
+            if outcome.is_err() {
+                break;
+            }
+            failpoint::reach("migration_mid");
+        }
+        outcome
+    }};
 }
 
 impl Settings {
@@ -60,6 +77,8 @@ impl Db {
                 ("lock_timeout", "3s"),
                 ("idle_in_transaction_session_timeout", "15s"),
                 ("synchronous_commit", "on"),
+                // What is written here relies on it; another may be the default of the server or of the role.
+                ("default_transaction_isolation", "read committed"),
             ]);
         if let Some(ca_file) = ca_file {
             options = options.ssl_root_cert(ca_file);
@@ -111,11 +130,11 @@ impl Db {
                 let patient = [("statement_timeout", "0"), ("lock_timeout", "0")];
                 let options = pool.connect_options().as_ref().clone().options(patient);
                 match PgPoolOptions::new().max_connections(1).connect_with(options).await {
-                    Ok(patient) => POSTGRES.run(&patient).await,
+                    Ok(patient) => in_steps!(POSTGRES, &patient),
                     Err(error) => Err(MigrateError::Execute(error)),
                 }
             }
-            Db::Sqlite(sqlite) => SQLITE.run(&sqlite.durable).await,
+            Db::Sqlite(sqlite) => in_steps!(SQLITE, &sqlite.durable),
         };
         outcome.map_err(|error| match error {
             MigrateError::VersionMissing(version) => format!(

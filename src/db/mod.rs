@@ -15,9 +15,13 @@ pub use blobs::{Committed, ListEntry, ListSource, ReadableBlob, StagedBlock, Ver
 pub use checking::{Overdue, SealedBlob, Standing};
 pub use connect::Settings;
 
+use std::borrow::Cow;
+
+use sqlx::postgres::PgDatabaseError;
 use sqlx::{PgPool, SqlitePool};
 use uuid::Uuid;
 
+use crate::clock::Clock;
 use crate::error::{Error, Result};
 
 /// The database. Cloning shares the pools.
@@ -52,35 +56,101 @@ macro_rules! on {
     };
 }
 
-/// Runs a block in one transaction. `?` inside rolls back; the block's value is returned after the commit,
-/// and `None` from it rolls back too.
+/// Runs a block in one transaction and is a `Result<_, Failure>`. `?` inside rolls back; the block's value is returned
+/// after the commit, and `None` from it rolls back too. What the database takes back because of others is run again,
+/// so the block leaves nothing behind in variables that it does not set anew.
 macro_rules! transaction {
-    ($db:expr, $pool:ident, |$tx:ident| $body:block) => {
-        match $db {
-            $crate::db::Db::Postgres(pool) => {
-                let mut $tx = $crate::db::begin(pool).await?;
-                let value = $body;
-                match &value {
-                    Some(_) => $tx.commit().await?,
-                    None => $tx.rollback().await?,
+    ($db:expr, $pool:ident, |$tx:ident| $body:block) => {{
+        let mut attempts_left = $crate::db::ATTEMPTS;
+        loop {
+            attempts_left -= 1;
+            let ended: std::result::Result<_, $crate::db::Failure> = match $db {
+                $crate::db::Db::Postgres(pool) => {
+                    async {
+                        let mut $tx = $crate::db::begin(pool).await?;
+                        let value = $body;
+                        $crate::db::end($tx, value).await
+                    }
+                    .await
                 }
-                value
-            }
-            $crate::db::Db::Sqlite(sqlite) => {
-                // A transaction that begins by reading could find the write lock taken and could not wait for it.
-                let mut $tx = sqlite.$pool.begin_with("BEGIN IMMEDIATE").await?;
-                let value = $body;
-                match &value {
-                    Some(_) => $tx.commit().await?,
-                    None => $tx.rollback().await?,
+                $crate::db::Db::Sqlite(sqlite) => {
+                    async {
+                        // One that begins by reading could find the write lock taken and could not wait for it.
+                        let mut $tx = sqlite.$pool.begin_with("BEGIN IMMEDIATE").await?;
+                        let value = $body;
+                        $crate::db::end($tx, value).await
+                    }
+                    .await
                 }
-                value
+            };
+            match ended {
+                Err($crate::db::Failure::TakenBack(_)) if attempts_left > 0 => {}
+                ended => break ended,
             }
         }
-    };
+    }};
 }
 
 pub(in crate::db) use {on, transaction};
+
+/// How often a transaction is run that deadlocks or cannot be serialized with others.
+const ATTEMPTS: usize = 3;
+
+/// Why a transaction is not known to have been done.
+#[derive(Debug)]
+enum Failure {
+    /// The database took it back because of others that ran at the same time.
+    TakenBack(Error),
+    /// The answer to COMMIT was lost. Who knows what it would have changed can look for it.
+    Unknown(Error),
+    /// Nothing of it was done.
+    Failed(Error),
+}
+
+impl From<sqlx::Error> for Failure {
+    fn from(error: sqlx::Error) -> Self {
+        // Postgres: serialization failure, deadlock. SQLite has neither: its writers wait for each other.
+        let taken_back = matches!(postgres_code(&error).as_deref(), Some("40001" | "40P01"));
+        if taken_back {
+            Self::TakenBack(error.into())
+        } else {
+            Self::Failed(error.into())
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::TakenBack(error) | Failure::Unknown(error) | Failure::Failed(error) => error,
+        }
+    }
+}
+
+/// Commits, or rolls back if there is nothing to keep.
+async fn end<DB: sqlx::Database, T>(
+    transaction: sqlx::Transaction<'_, DB>,
+    value: Option<T>,
+) -> std::result::Result<Option<T>, Failure> {
+    if value.is_none() {
+        transaction.rollback().await?;
+    } else if let Err(error) = transaction.commit().await {
+        // A server that is shut down says so instead of telling what became of the COMMIT.
+        let refused =
+            error.as_database_error().is_some() && !postgres_code(&error).is_some_and(|code| code.starts_with("57P"));
+        return Err(match Failure::from(error) {
+            Failure::Failed(error) if !refused => Failure::Unknown(error),
+            failure => failure,
+        });
+    }
+    Ok(value)
+}
 
 /// Begins a transaction, also for a caller that goes away meanwhile. sqlx 0.9 gives a connection that is dropped in the
 /// middle of `BEGIN` back to its pool as if nothing had begun; whoever wrote on it next would never be committed.
@@ -162,13 +232,17 @@ impl Db {
         Ok(())
     }
 
-    /// How far this machine's clock is ahead of the database's, in milliseconds. SQLite has no clock of its own.
-    pub async fn clock_skew_ms(&self) -> Result<i64> {
+    /// How far a machine's clock is ahead of the database's, in milliseconds. SQLite has no clock of its own.
+    pub async fn clock_skew_ms(&self, clock: &Clock) -> Result<i64> {
         let Db::Postgres(pool) = self else { return Ok(0) };
+        // Whatever the pool does to hand out a connection is not part of the way there.
+        let mut conn = pool.acquire().await?;
+        let asked_ms = clock.machine_ms();
         let theirs: i64 = sqlx::query_scalar("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)")
-            .fetch_one(pool)
+            .fetch_one(&mut *conn)
             .await?;
-        Ok(crate::clock::Clock::System.now_ms() - theirs)
+        // It was read half-way between question and answer.
+        Ok(asked_ms.midpoint(clock.machine_ms()) - theirs)
     }
 
     pub async fn close(&self) {
@@ -185,23 +259,23 @@ impl Db {
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        // Postgres: connection trouble, resources, lock and statement timeouts, serialization failures, shutting down.
-        const TRANSIENT_POSTGRES: [&str; 9] = [
-            "08", "53", "55P03", "57014", "57P01", "57P02", "57P03", "40001", "40P01",
+        // Postgres: connection trouble, resources, lock, statement and transaction timeouts, serialization failures,
+        // shutting down, a standby, a disk that fails.
+        const TRANSIENT_POSTGRES: [&str; 10] = [
+            "08", "53", "55P03", "57014", "25P03", "57P", "40001", "40P01", "25006", "58030",
         ];
         // SQLite: BUSY, LOCKED, FULL, IOERR, CANTOPEN, READONLY (the primary code is the low byte).
         const TRANSIENT_SQLITE: [i64; 6] = [5, 6, 13, 10, 14, 8];
         let transient = match &error {
             sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
             sqlx::Error::WorkerCrashed | sqlx::Error::Protocol(_) => true,
-            sqlx::Error::Database(database) => database.code().is_some_and(|code| {
-                if database.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some() {
-                    TRANSIENT_POSTGRES.iter().any(|prefix| code.starts_with(prefix))
-                } else {
-                    code.parse::<i64>()
-                        .is_ok_and(|code| TRANSIENT_SQLITE.contains(&(code & 0xff)))
-                }
-            }),
+            sqlx::Error::Database(database) => match postgres_code(&error) {
+                Some(code) => TRANSIENT_POSTGRES.iter().any(|prefix| code.starts_with(prefix)),
+                None => database
+                    .code()
+                    .and_then(|code| code.parse::<i64>().ok())
+                    .is_some_and(|code| TRANSIENT_SQLITE.contains(&(code & 0xff))),
+            },
             _ => false,
         };
         if transient {
@@ -213,11 +287,11 @@ impl From<sqlx::Error> for Error {
     }
 }
 
-/// Whether a statement failed because a row with its key was there already.
-fn is_duplicate(error: &sqlx::Error) -> bool {
-    error
-        .as_database_error()
-        .is_some_and(sqlx::error::DatabaseError::is_unique_violation)
+/// The SQLSTATE, if Postgres said it.
+fn postgres_code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+    let said = error.as_database_error()?;
+    said.try_downcast_ref::<PgDatabaseError>()?;
+    said.code()
 }
 
 /// The database's signed 64 bits as a size or offset.

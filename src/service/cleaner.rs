@@ -4,6 +4,7 @@
 //! step may be cut anywhere and repeated. Rows are tombstones before their objects go, and go after them.
 
 use std::collections::HashSet;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -44,7 +45,7 @@ pub struct Report {
 
 const LEASE: &str = "cleaner";
 /// More than this off the database's clock, a replica does not trust its own and does not clean.
-pub const MAX_CLOCK_SKEW_MS: i64 = 60_000;
+const MAX_CLOCK_SKEW_MS: i64 = 60_000;
 
 impl Services {
     /// Cleans every now and then, for ever.
@@ -70,16 +71,25 @@ impl Services {
         }
     }
 
+    /// How far this machine's clock is off the database's, in milliseconds, if that is too far to trust it. Says in the
+    /// log when that begins and when it ends.
+    pub async fn clock_is_off_by(&self) -> Result<Option<i64>> {
+        let skew_ms = self.db.clock_skew_ms(&self.clock).await?;
+        let is_off = skew_ms.abs() > MAX_CLOCK_SKEW_MS;
+        let skew_s = skew_ms / 1000;
+        match (self.clock_was_off.swap(is_off, Ordering::Relaxed), is_off) {
+            (false, true) => tracing::warn!(
+                skew_s,
+                "this machine's clock is off the database's: not ready, and the cleaner pauses; set the clock right"
+            ),
+            (true, false) => tracing::warn!(skew_s, "this machine's clock agrees with the database's again"),
+            _ => {}
+        }
+        Ok(is_off.then_some(skew_ms))
+    }
+
     /// One pass over everything that is due. `None` if another replica is cleaning, or the clocks disagree.
     pub async fn clean(&self) -> Result<Option<Report>> {
-        let skew_ms = self.db.clock_skew_ms().await?;
-        if skew_ms.abs() > MAX_CLOCK_SKEW_MS {
-            tracing::error!(
-                skew_ms,
-                "this machine's clock is off the database's: the cleaner pauses"
-            );
-            return Ok(None);
-        }
         let holder = Uuid::new_v4();
         let pass = Pass {
             services: self,
@@ -93,7 +103,8 @@ impl Services {
     }
 }
 
-/// One pass. Each step works in batches and renews the lease before each of them.
+/// One pass. Each step works in batches. Before each of them it renews the lease and has the time confirmed by which it
+/// judges what is due, so that a clock that jumps meanwhile deletes nothing.
 struct Pass<'a> {
     services: &'a Services,
     holder: Uuid,
@@ -102,7 +113,7 @@ struct Pass<'a> {
 
 impl Pass<'_> {
     async fn run(mut self) -> Result<Option<Report>> {
-        if !self.hold().await? {
+        if self.hold().await?.is_none() {
             return Ok(None);
         }
         self.bury().await?;
@@ -115,15 +126,17 @@ impl Pass<'_> {
         Ok(Some(self.report))
     }
 
-    /// Takes or renews the lease. `false` if another replica has it.
-    async fn hold(&self) -> Result<bool> {
-        let now_ms = self.services.clock.now_ms();
-        let until_ms = now_ms + millis(self.services.settings.cleaner.lease);
-        self.services.db.take_lease(LEASE, self.holder, now_ms, until_ms).await
-    }
-
-    fn ago(&self, span: Duration) -> i64 {
-        self.services.clock.now_ms() - millis(span)
+    /// Takes or renews the lease and returns the time. `None` if another replica has it, or the clock is off.
+    async fn hold(&self) -> Result<Option<i64>> {
+        let Services(parts) = self.services;
+        // Before the check: what it was then is what the check vouches for.
+        let now_ms = parts.clock.now_ms();
+        if self.services.clock_is_off_by().await?.is_some() {
+            return Ok(None);
+        }
+        let until_ms = now_ms + millis(parts.settings.cleaner.lease);
+        let held = parts.db.take_lease(LEASE, self.holder, now_ms, until_ms).await?;
+        Ok(held.then_some(now_ms))
     }
 
     fn batch(&self) -> i64 {
@@ -132,20 +145,17 @@ impl Pass<'_> {
 
     async fn bury(&mut self) -> Result<()> {
         let Services(parts) = self.services;
-        while self.hold().await? {
-            let expired = parts.db.expire_artifacts(parts.clock.now_ms(), self.batch()).await?;
+        while let Some(now_ms) = self.hold().await? {
+            let expired = parts.db.expire_artifacts(now_ms, self.batch()).await?;
             self.report.expired_artifacts += expired;
             if expired == 0 {
                 break;
             }
             failpoint::reach("clean_expired");
         }
-        while self.hold().await? {
-            let begun_before_ms = self.ago(parts.settings.uploads.abandoned_after);
-            let abandoned = parts
-                .db
-                .abandon_uploads(begun_before_ms, parts.clock.now_ms(), self.batch())
-                .await?;
+        while let Some(now_ms) = self.hold().await? {
+            let begun_before_ms = now_ms - millis(parts.settings.uploads.abandoned_after);
+            let abandoned = parts.db.abandon_uploads(begun_before_ms, now_ms, self.batch()).await?;
             self.report.abandoned_uploads += abandoned;
             if abandoned == 0 {
                 break;
@@ -158,8 +168,8 @@ impl Pass<'_> {
     /// Deletes the objects of blobs that have been dead for the grace time.
     async fn empty(&mut self) -> Result<()> {
         let Services(parts) = self.services;
-        while self.hold().await? {
-            let dead_since_ms = self.ago(parts.settings.cleaner.delete_grace);
+        while let Some(now_ms) = self.hold().await? {
+            let dead_since_ms = now_ms - millis(parts.settings.cleaner.delete_grace);
             let blobs = parts.db.blobs_to_empty(dead_since_ms, self.batch()).await?;
             for &blob in &blobs {
                 let keys = parts.db.objects_of(blob).await?;
@@ -170,7 +180,7 @@ impl Pass<'_> {
                     self.delete_unused(key).await?;
                 }
                 failpoint::reach("clean_before_emptied");
-                parts.db.mark_emptied(blob, parts.clock.now_ms()).await?;
+                parts.db.mark_emptied(blob, now_ms).await?;
             }
             if blobs.is_empty() {
                 break;
@@ -182,8 +192,8 @@ impl Pass<'_> {
     /// Forgets dead blobs that no request can still be writing to, with all that lies below their prefix.
     async fn drop_dead(&mut self) -> Result<()> {
         let Services(parts) = self.services;
-        while self.hold().await? {
-            let dead_since_ms = self.ago(parts.settings.cleaner.sweep_after);
+        while let Some(now_ms) = self.hold().await? {
+            let dead_since_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let blobs = parts.db.blobs_to_drop(dead_since_ms, self.batch()).await?;
             for &blob in &blobs {
                 self.delete_leftovers(blob, &HashSet::new()).await?;
@@ -202,14 +212,14 @@ impl Pass<'_> {
     /// Looks once below the prefix of each sealed blob for objects that a crash left without a row.
     async fn sweep(&mut self) -> Result<()> {
         let Services(parts) = self.services;
-        while self.hold().await? {
-            let sealed_before_ms = self.ago(parts.settings.cleaner.sweep_after);
+        while let Some(now_ms) = self.hold().await? {
+            let sealed_before_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let blobs = parts.db.blobs_to_sweep(sealed_before_ms, self.batch()).await?;
             for &blob in &blobs {
                 let named = parts.db.objects_of(blob).await?.into_iter().collect();
                 self.delete_leftovers(blob, &named).await?;
                 failpoint::reach("clean_before_swept");
-                parts.db.mark_swept(blob, parts.clock.now_ms()).await?;
+                parts.db.mark_swept(blob, now_ms).await?;
             }
             if blobs.is_empty() {
                 break;
@@ -230,7 +240,7 @@ impl Pass<'_> {
     /// Deletes the objects that a transaction recorded as named by no row any more.
     async fn collect_garbage(&mut self) -> Result<()> {
         let Services(parts) = self.services;
-        while self.hold().await? {
+        while self.hold().await?.is_some() {
             let garbage = parts.db.garbage(self.batch()).await?;
             for key in &garbage {
                 self.delete_unused(key).await?;

@@ -13,6 +13,7 @@ pub mod uploads;
 pub mod verification;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use serde::Deserialize;
 use tokio::sync::Notify;
@@ -46,6 +47,8 @@ pub struct Parts {
     pub settings: Settings,
     /// What bytes on their way through may take of the memory.
     memory: memory::Memory,
+    /// What the last look at the database's clock found.
+    clock_was_off: AtomicBool,
     /// Wakes the verifier when there is something to verify, so that it need not poll often.
     verify: Notify,
 }
@@ -59,6 +62,7 @@ impl Services {
             clock,
             memory: memory::Memory::new(&settings.memory),
             settings,
+            clock_was_off: AtomicBool::new(false),
             verify: Notify::new(),
         }))
     }

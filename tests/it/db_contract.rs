@@ -7,6 +7,7 @@ use secrecy::SecretString;
 use sqlx::{AssertSqlSafe, PgPool, SqlitePool};
 use tempfile::TempDir;
 use uuid::Uuid;
+use wharfinger::clock::Clock;
 use wharfinger::db::{
     Committed, Created, Db, FinalizeCandidate, ListEntry, ListSource, NewArtifact, NewestArtifact, Sealing, Settings,
     Verification, WritableBlob,
@@ -374,7 +375,7 @@ async fn leases_exclude_each_other(place: Place) {
 async fn the_database_answers_until_it_is_closed(place: Place) {
     place.db.ping().await.unwrap();
     assert!(
-        place.db.clock_skew_ms().await.unwrap().abs() < 10_000,
+        place.db.clock_skew_ms(&Clock::System).await.unwrap().abs() < 10_000,
         "one machine has one clock"
     );
     place.db.close().await;
@@ -491,6 +492,13 @@ async fn a_job_has_its_limit(place: Place) {
     assert!(two(&job, "a").await);
     assert!(two(&principal("name:octo/demo", "1", "test", 1), "c").await);
     assert!(two(&attempt(2), "c").await);
+    // A name that is finalized is not to be had, whatever the limit is by now.
+    place.upload(&job, "b", NOW).await;
+    let over = NewArtifact {
+        max_per_job: Some(1),
+        ..new(&job, "b", NOW)
+    };
+    assert_eq!(place.db.create_artifact(&over).await.unwrap(), Created::Exists);
 }
 
 async fn of_many_creates_the_newest_wins(place: Place) {
@@ -1042,6 +1050,7 @@ async fn deleting_ends_an_artifact(place: Place) {
 async fn everything_expires_at_its_millisecond(place: Place) {
     let job = attempt(1);
     let (id, blob, _) = place.upload(&job, "a", NOW).await;
+    place.begin(&job, "pending", NOW).await;
     for (now_ms, lives) in [(NOW + LIFE - 1, true), (NOW + LIFE, false)] {
         let db = &place.db;
         assert_eq!(db.readable_blob(blob, now_ms).await.unwrap().is_some(), lives);
@@ -1050,7 +1059,10 @@ async fn everything_expires_at_its_millisecond(place: Place) {
             db.list_artifacts(&job, None, Some(id), now_ms).await.unwrap().len(),
             usize::from(lives)
         );
-        assert_eq!(db.finalize_candidate(&job, "a", now_ms).await.unwrap().is_some(), lives);
+        for name in ["a", "pending"] {
+            let candidate = db.finalize_candidate(&job, name, now_ms).await.unwrap();
+            assert_eq!(candidate.is_some(), lives, "{name}");
+        }
         assert_eq!(db.expire_artifacts(now_ms, 10).await.unwrap(), u64::from(!lives));
     }
 }
@@ -1345,6 +1357,40 @@ async fn both_databases_have_one_schema() {
         "{sqlite:?}"
     );
     assert_eq!(sqlite, postgres);
+}
+
+#[tokio::test]
+async fn postgres_connections_let_go_and_promise_what_is_relied_on() {
+    let url = postgres_database().await;
+    let raw = PgPool::connect(&url).await.unwrap();
+    let database = url.rsplit('/').next().unwrap();
+    let expected = [
+        ("statement_timeout", "10s"),
+        ("lock_timeout", "3s"),
+        ("idle_in_transaction_session_timeout", "15s"),
+        ("synchronous_commit", "on"),
+        ("default_transaction_isolation", "read committed"),
+    ];
+    // Whatever the database's owner prefers.
+    for (name, other) in expected.map(|(name, _)| (name, if name.ends_with("timeout") { "'0'" } else { "off" })) {
+        let other = if name.ends_with("isolation") {
+            "serializable"
+        } else {
+            other
+        };
+        let prefer = format!("ALTER DATABASE {database} SET {name} = {other}");
+        sqlx::query(AssertSqlSafe(prefer)).execute(&raw).await.unwrap();
+    }
+    let Db::Postgres(pool) = connect(&url, &tempfile::tempdir().unwrap()).await else {
+        panic!("not Postgres");
+    };
+    for (name, value) in expected {
+        let set: String = sqlx::query_scalar(AssertSqlSafe(format!("SHOW {name}")))
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+        assert_eq!(set, value, "{name}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

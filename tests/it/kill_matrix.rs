@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 use axum::Router;
@@ -16,6 +16,7 @@ use axum::http::{Response, StatusCode, header};
 use bytes::Bytes;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+use sqlx::{Connection, Executor, PgConnection};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -37,6 +38,8 @@ enum Drive {
     WrongHash,
     /// `wharfinger clean`, which is then the one to die. A server lives beside it.
     Clean,
+    /// Nobody: the very first start reaches it by itself.
+    FirstStart,
 }
 
 const UPLOAD: Drive = Drive::Client("artifact-6.2.1", "small");
@@ -99,6 +102,7 @@ matrix! {
     clean_half_of_blocks_deleted: Drive::Clean,
     clean_before_emptied: Drive::Clean,
     clean_before_drop: Drive::Clean,
+    migration_mid: Drive::FirstStart,
 }
 
 #[test]
@@ -112,13 +116,53 @@ fn every_failpoint_of_the_sources_is_in_the_matrix() {
     assert_eq!(named, POINTS.iter().map(|point| (*point).to_owned()).collect());
 }
 
+/// Not at a failpoint but inside a migration: another transaction keeps it waiting at its last table.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_in_the_middle_of_a_migration() {
+    let wharf = Wharf::new(Backend::PostgresS3).await;
+    let url = &wharf.environment.0["WHARFINGER_DATABASE__URL"];
+    let mut holder = PgConnection::connect(url).await.unwrap();
+    holder.execute("BEGIN; CREATE TABLE artifacts ()").await.unwrap();
+    let environment = wharf.environment.clone().listening();
+    let mut first = environment.command(&["serve"]).stderr(Stdio::null()).spawn().unwrap();
+    let mut looker = PgConnection::connect(url).await.unwrap();
+    until("the migration waits", async || {
+        sqlx::query_scalar(
+            "SELECT count(*) = 1 FROM pg_stat_activity WHERE datname = current_database()
+                 AND application_name = 'wharfinger' AND wait_event_type = 'Lock' AND query LIKE '%CREATE TABLE blobs%'",
+        )
+        .fetch_one(&mut looker)
+        .await
+        .unwrap()
+    })
+    .await;
+    first.kill().unwrap();
+    first.wait().unwrap();
+    holder.execute("ROLLBACK").await.unwrap();
+    let server = wharf.start(None);
+    let job = server.job();
+    let ledger = seed(&job).await;
+    wharf.assert_settles(&server, &job, &ledger).await;
+    assert_eq!(server.terminate(), Some(0));
+}
+
 async fn dies_at(backend: Backend, point: &'static str, drive: Drive) {
     let mut wharf = Wharf::new(backend).await;
+    if matches!(drive, Drive::FirstStart) {
+        // Once between any two steps, each time further on; the next start goes on from there.
+        for steps in 0..migrations() {
+            let environment = wharf.environment.clone().listening();
+            let armed = environment.with("FAILPOINTS", format!("{point}={steps}*off->return"));
+            let output = armed.command(&["serve", "--log-format", "json"]).output().unwrap();
+            assert_died_at(point, output.status, &String::from_utf8(output.stderr).unwrap());
+        }
+    }
     let server = wharf.start(None);
     let job = server.job();
     let mut ledger = seed(&job).await;
     wharf.litter();
     let server = match drive {
+        Drive::FirstStart => server,
         Drive::Clean => {
             until("its time is up", async || {
                 !job.names().await.contains(&"expires".to_owned())
@@ -179,6 +223,12 @@ async fn dies_at(backend: Backend, point: &'static str, drive: Drive) {
     };
     wharf.assert_settles(&server, &job, &ledger).await;
     assert_eq!(server.terminate(), Some(0));
+}
+
+/// How many there are for each database, and one for the table that remembers them.
+fn migrations() -> usize {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations/postgres");
+    fs::read_dir(directory).unwrap().count() + 1
 }
 
 fn assert_succeeds(outcomes: &[Outcome]) {

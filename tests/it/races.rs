@@ -697,14 +697,26 @@ async fn retention_that_ends_with_finalize_leaves_nothing_behind() {
         }
         replicas.advance(Duration::from_millis(1_000));
         for name in ["before", "exactly", "after"] {
-            // The upload was in time and is answered so; how long it is shown is another matter.
-            let id = a.finalize(name, 4, None).await.unwrap();
+            let finalized = a.finalize(name, 4, None).await;
             let shown = a.listed(name).await;
-            assert_eq!(shown, (name == "before").then_some(id), "{backend:?}: {name}");
+            if name == "before" {
+                let id = finalized.unwrap();
+                assert_eq!(shown, Some(id), "{backend:?}");
+                assert_eq!(a.finalize(name, 4, None).await.unwrap(), id, "{backend:?}");
+            } else {
+                // What nobody would ever see is not called finalized.
+                assert!(
+                    matches!(finalized, Err(Error::NotFound(_))),
+                    "{backend:?}: {name}: {finalized:?}"
+                );
+                assert_eq!(shown, None, "{backend:?}: {name}");
+            }
         }
         assert_eq!(a.download("before").await, b"late");
         replicas.advance(Duration::from_millis(1));
         assert_eq!(a.listed("before").await, None);
+        // Those that were not finalized are uploads like others.
+        replicas.advance(ABANDONED_AFTER);
         a.clean().await.unwrap();
         replicas.clean_all().await;
         assert_eq!(replicas.objects().await, 0);

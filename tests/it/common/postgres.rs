@@ -21,14 +21,11 @@ pub struct Postgres {
 impl Postgres {
     pub fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        if is_root() {
-            let status = Command::new("chown").arg(USER).arg(directory.path()).status().unwrap();
-            assert!(status.success(), "chown");
-        }
         let postgres = Self {
             directory,
             port: free_port(),
         };
+        postgres.give(postgres.directory.path());
         let data = postgres.data();
         postgres.run(
             "initdb",
@@ -62,7 +59,7 @@ impl Postgres {
             "-p {} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''",
             self.port
         );
-        let log = self.directory.path().join("server.log");
+        let log = self.path("server.log");
         self.run(
             "pg_ctl",
             &[
@@ -83,8 +80,21 @@ impl Postgres {
         self.run("pg_ctl", &["-D", &self.data(), "-m", "immediate", "stop"]);
     }
 
+    /// A place of this name beside the data, which goes with them.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Makes a directory belong to whom Postgres runs as.
+    pub fn give(&self, directory: &Path) {
+        if is_root() {
+            let status = Command::new("chown").arg(USER).arg(directory).status().unwrap();
+            assert!(status.success(), "chown");
+        }
+    }
+
     fn data(&self) -> String {
-        self.directory.path().join("data").display().to_string()
+        self.path("data").display().to_string()
     }
 
     fn run(&self, program: &str, arguments: &[&str]) {
@@ -105,7 +115,7 @@ impl Postgres {
             .stderr(Stdio::null())
             .status()
             .unwrap();
-        let log = fs::read_to_string(self.directory.path().join("server.log")).unwrap_or_default();
+        let log = fs::read_to_string(self.path("server.log")).unwrap_or_default();
         assert!(status.success(), "{program} {arguments:?}: {status}\n{log}");
     }
 }
