@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -324,9 +324,10 @@ pub fn hex(hasher: Sha256) -> String {
 
 /// When to stop.
 #[derive(Clone, Copy)]
-pub enum Until {
+pub enum Until<'a> {
     Count(usize),
     Passed(Duration),
+    Told(&'a AtomicBool),
 }
 
 /// What a number of calls took.
@@ -366,6 +367,7 @@ pub fn in_parallel<T: Send>(
             if match until {
                 Until::Count(count) => number >= count,
                 Until::Passed(time) => begun.elapsed() >= time,
+                Until::Told(stop) => stop.load(Ordering::Relaxed),
             } {
                 return Ok(done);
             }

@@ -151,7 +151,7 @@ fn measure(kinds: &[Kind], scenarios: &[Scenario], rounds: usize, directory: &Pa
                     .start(*scenario, &own)
                     .and_then(|server| scenario.run(&*server, &own, plan, &mut cell));
                 if let Err(error) = ended {
-                    let failure = format!("{at} failed: {error:#}");
+                    let failure = format!("{at} failed: {error:#}").replace('\n', " ");
                     writeln!(io::stderr().lock(), "{failure}")?;
                     report.failures.push(failure);
                     failed.push((*scenario, *kind));

@@ -54,20 +54,7 @@ pub fn run(server: &dyn Server, directory: &Path, plan: &Plan, cell: &mut Cell) 
     with_database(&database, &[(EXPIRE, EXPIRED)])?;
     let (begun, done) = (Instant::now(), AtomicBool::new(false));
     let (busy, wall) = std::thread::scope(|scope| -> Result<_> {
-        let foreground = scope.spawn(|| {
-            in_parallel(
-                server.address(),
-                2,
-                Until::Passed(CLEANER_PATIENCE),
-                |client, number| {
-                    if done.load(Ordering::Relaxed) {
-                        Ok(None)
-                    } else {
-                        find(client, number).map(Some)
-                    }
-                },
-            )
-        });
+        let foreground = scope.spawn(|| in_parallel(server.address(), 2, Until::Told(&done), find));
         let cleaned = loop {
             match server.expired() {
                 Ok(count) if count < u64::from(EXPIRED) && begun.elapsed() < CLEANER_PATIENCE => {

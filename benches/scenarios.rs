@@ -228,6 +228,14 @@ fn live(server: &dyn Server, client: &mut Client, name: &str, payload: &Payload)
 
 fn life(server: &dyn Server, plan: &Plan, cell: &mut Cell) -> Result<()> {
     let step = "64 KiB artifacts, whole life";
+    // SeaweedFS makes its volumes at the first writes, which takes it seconds.
+    in_parallel(
+        server.address(),
+        LIVES_AT_ONCE,
+        Until::Count(LIVES_AT_ONCE),
+        |client, number| live(server, client, &format!("warm-up-{number}"), &plan.small),
+    )?;
+    server.settle()?;
     let meter = Meter::start(server.pids());
     let run = in_parallel(
         server.address(),

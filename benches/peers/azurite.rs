@@ -16,6 +16,7 @@ use crate::process::{Process, free_ports};
 
 /// Of every Azurite, by its documentation.
 const ACCOUNT: &str = "devstoreaccount1";
+const CONTAINER: &str = "bench";
 const KEY: &str = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
 
 pub struct Azurite {
@@ -50,7 +51,7 @@ impl Azurite {
             .arg(&data);
         let mut process = Process::start(command.current_dir(directory), &log, "TERM")?;
         let signature = account_signature()?;
-        let container = format!("/{ACCOUNT}/1?restype=container&{signature}");
+        let container = format!("/{ACCOUNT}/{CONTAINER}?restype=container&{signature}");
         process.ready(&log, || {
             let made = Client::new(address).call("PUT", &container, "", &[]);
             made.is_ok_and(|reply| reply.status == 201)
@@ -86,7 +87,7 @@ impl Server for Azurite {
     }
 
     fn begin(&self, _: &mut Client, run: &str, name: &str) -> Result<String> {
-        Ok(format!("/{ACCOUNT}/{run}/{name}?{}", self.signature))
+        Ok(format!("/{ACCOUNT}/{CONTAINER}/{run}/{name}?{}", self.signature))
     }
 
     fn put_block(&self, client: &mut Client, target: &str, index: usize, block: &[u8]) -> Result<String> {

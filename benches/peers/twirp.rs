@@ -75,7 +75,7 @@ impl Server for ArtifactServer {
 
     fn begin(&self, client: &mut Client, run: &str, name: &str) -> Result<String> {
         let reply = self.call(client, run, "CreateArtifact", json!({ "name": name, "version": 4 }))?;
-        target(&reply["signed_upload_url"])
+        target(&reply, ["signed_upload_url", "signedUploadUrl"])
     }
 
     fn put_block(&self, client: &mut Client, target: &str, index: usize, block: &[u8]) -> Result<String> {
@@ -111,7 +111,7 @@ impl Server for ArtifactServer {
 
     fn links(&self, client: &mut Client, run: &str, name: &str, _blocks: usize) -> Result<Vec<String>> {
         let reply = self.call(client, run, "GetSignedArtifactURL", json!({ "name": name }))?;
-        Ok(vec![target(&reply["signed_url"])?])
+        Ok(vec![target(&reply, ["signed_url", "signedUrl"])?])
     }
 
     /// Until every content has been hashed.
@@ -171,9 +171,12 @@ pub fn commit(client: &mut Client, target: &str, blocks: &[String]) -> Result<()
     Ok(())
 }
 
-/// A link without its origin.
-fn target(link: &Value) -> Result<String> {
-    let link = link.as_str().context("a reply without a link")?;
+/// A link without its origin. The field has one of two names: act's are in camel case.
+fn target(reply: &Value, names: [&str; 2]) -> Result<String> {
+    let link = names
+        .into_iter()
+        .find_map(|name| reply[name].as_str())
+        .context("a reply without a link")?;
     let path = link.splitn(4, '/').nth(3).context("a link without a path")?;
     Ok(format!("/{path}"))
 }
