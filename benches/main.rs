@@ -104,27 +104,44 @@ fn main() -> Result<()> {
         Duration::from_secs_f64(arguments.seconds),
         arguments.rows,
     );
-    let report = measure(&kinds, &scenarios, arguments.rounds, directory.path(), &plan)?;
-
     let names: Vec<_> = kinds.iter().map(|kind| kind.name()).collect();
-    let mut text = facts.iter().map(|fact| format!("- {fact}\n")).collect::<String>();
-    text += &format!(
-        "\n{} rounds; the large artifact has {} MiB. Medians with [least..most]; ratios are medians of the rounds' own.\n",
-        arguments.rounds, arguments.size_mib
-    );
-    text += &format!("\n### Goals\n\n{}", goals::table(&report));
-    text += &report.tables(&names);
-    for failure in &report.failures {
-        text += &format!("\n- {failure}");
-    }
-    if let Some(path) = &arguments.out {
-        fs::write(path, &text)?;
-    }
-    writeln!(io::stdout().lock(), "{text}")?;
+    let mut last = String::new();
+    measure(
+        &kinds,
+        &scenarios,
+        arguments.rounds,
+        directory.path(),
+        &plan,
+        |report, rounds| {
+            last = markdown(&facts, &names, report, rounds, arguments.size_mib);
+            // After every round, so that a run that is cut short was not for nothing.
+            arguments.out.as_ref().map_or(Ok(()), |path| fs::write(path, &last))
+        },
+    )?;
+    writeln!(io::stdout().lock(), "{last}")?;
     Ok(())
 }
 
-fn measure(kinds: &[Kind], scenarios: &[Scenario], rounds: usize, directory: &Path, plan: &Plan) -> Result<Report> {
+fn markdown(facts: &[String], names: &[&'static str], report: &Report, rounds: usize, size_mib: usize) -> String {
+    let facts: String = facts.iter().map(|fact| format!("- {fact}\n")).collect();
+    let failures: String = report.failures.iter().map(|failure| format!("- {failure}\n")).collect();
+    format!(
+        "{facts}\nRounds: {rounds}; the large artifact has {size_mib} MiB. Medians with [least..most]; ratios are medians of the \
+         rounds' own.\n\n### Goals\n\n{}{}\n{failures}",
+        goals::table(report),
+        report.tables(names),
+    )
+}
+
+/// Does everything, and hands over what there is after each round.
+fn measure(
+    kinds: &[Kind],
+    scenarios: &[Scenario],
+    rounds: usize,
+    directory: &Path,
+    plan: &Plan,
+    mut after_round: impl FnMut(&Report, usize) -> io::Result<()>,
+) -> Result<()> {
     let mut report = Report::default();
     let mut failed: Vec<(Scenario, Kind)> = Vec::new();
     let begun = Instant::now();
@@ -161,8 +178,9 @@ fn measure(kinds: &[Kind], scenarios: &[Scenario], rounds: usize, directory: &Pa
                 rustix::fs::sync();
             }
         }
+        after_round(&report, round + 1)?;
     }
-    Ok(report)
+    Ok(())
 }
 
 /// On a signal to stop, the servers end too, and their data goes.
