@@ -168,7 +168,8 @@ fn measure(
                     .start(*scenario, &own)
                     .and_then(|server| scenario.run(&*server, &own, plan, &mut cell));
                 if let Err(error) = ended {
-                    let failure = format!("{at} failed: {error:#}").replace('\n', " ");
+                    let error = format!("{error:#}").replace('\n', " ");
+                    let failure = format!("{at} failed: {}", error.chars().take(240).collect::<String>());
                     writeln!(io::stderr().lock(), "{failure}")?;
                     report.failures.push(failure);
                     failed.push((*scenario, *kind));
