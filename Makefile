@@ -1,7 +1,7 @@
 # cargo is all it takes to build and run; `make test` installs what else the tests need.
 NODE = .tools/node/bin/node
 
-.PHONY: run check test test-long lint-containers
+.PHONY: run check test test-long bench lint-containers
 
 run:
 	cargo run --release --locked
@@ -25,6 +25,11 @@ test-long:
 	tests/install.sh seaweedfs
 	WHARFINGER_TEST_LONG=1 tests/with-postgres.sh cargo test --release --locked --features failpoints -- long::
 	tests/with-seaweedfs.sh tests/with-postgres.sh cargo test --release --locked # all tests, on a real S3
+
+# Everything takes about an hour; `make bench BENCH="--rounds 1 --only ingest --servers wharfinger,nginx"` a minute.
+bench:
+	tests/install.sh bench
+	cargo bench --locked --bench bench -- $(BENCH)
 
 # Parsed and linted, not run.
 lint-containers:

