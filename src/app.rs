@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::db::Db;
 use crate::papers::Papers;
 use crate::service::{Services, Settings, fsck};
-use crate::storage::BlockStore;
+use crate::storage::{BlockStore, Durability};
 
 pub use self::local::{papers, prepare_data_dir};
 
@@ -73,7 +73,8 @@ async fn connect(config: &Config) -> anyhow::Result<Db> {
         // SQLite gives its other files the mode of this one.
         local::open(&config.data_dir, "wharfinger.db")?;
     }
-    let db = Db::connect(&config.database, &config.data_dir, config.ca_file.as_deref())
+    let synced = config.storage.durability == Durability::Full;
+    let db = Db::connect(&config.database, &config.data_dir, config.ca_file.as_deref(), synced)
         .await
         .map_err(|error| anyhow!(error))?;
     // Postgres has a lock of its own for this.
@@ -92,14 +93,6 @@ impl App {
     /// One sentence that says what to do.
     pub async fn start(config: &Config, clock: Clock, metrics: Option<PrometheusHandle>) -> anyhow::Result<Self> {
         let mut config = config.clone();
-        let connections = api::serve::connections_by_descriptors();
-        if connections < config.server.max_connections {
-            tracing::warn!(
-                connections,
-                "the limit on open files is low: so many connections at one time, not server.max_connections; raise it (LimitNOFILE=, ulimit -n)"
-            );
-            config.server.max_connections = connections;
-        }
         if config.uses_data_dir() {
             prepare_data_dir(&config.data_dir)?;
         }
@@ -112,6 +105,14 @@ impl App {
         // Port 0 lets the system choose; links need to know.
         config.listen = public.local_addr()?;
         let services = open(&config, clock).await?;
+        let connections = api::serve::connections_by_descriptors();
+        if connections < config.server.max_connections {
+            tracing::warn!(
+                connections,
+                "the limit on open files is low: so many connections at one time, not server.max_connections; raise it (LimitNOFILE=, ulimit -n)"
+            );
+            config.server.max_connections = connections;
+        }
 
         let draining = Arc::new(AtomicBool::new(false));
         let stop = CancellationToken::new();

@@ -13,7 +13,7 @@ const DURATION_BUCKETS: [f64; 12] = [0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2
 /// How often the recorder folds what it has gathered.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-const COUNTERS: [(&str, &str); 12] = [
+const COUNTERS: [(&str, &str); 13] = [
     (
         "wharfinger_http_requests_total",
         "Requests that ended, by route and status; 499 is a client that went away",
@@ -31,6 +31,10 @@ const COUNTERS: [(&str, &str); 12] = [
     (
         "wharfinger_lost_artifacts_total",
         "Artifacts that the scrub found damaged and took out",
+    ),
+    (
+        "wharfinger_memory_refused_total",
+        "Uploads and downloads put off because the memory for them was taken",
     ),
     ("wharfinger_cleaner_passes_total", "Passes of the cleaner that ended"),
     (

@@ -4,6 +4,7 @@
 
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use secrecy::{ExposeSecret, SecretString};
@@ -22,7 +23,7 @@ static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
 /// How long a request waits for a free connection before it is told to come back later.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A writer on SQLite queues behind the others, so it may wait longer than one on Postgres.
-const SQLITE_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const SQLITE_TIMEOUT: Duration = Duration::from_secs(30);
 const SQLITE_READERS: u32 = 8;
 
 /// The `[database]` section of the configuration.
@@ -58,10 +59,20 @@ impl Settings {
 }
 
 impl Db {
-    /// Connects, without touching the schema.
-    pub async fn connect(settings: &Settings, data_dir: &Path, ca_file: Option<&Path>) -> Result<Self, String> {
+    /// Connects, without touching the schema. Without `synced`, what SQLite commits survives the process only.
+    pub async fn connect(
+        settings: &Settings,
+        data_dir: &Path,
+        ca_file: Option<&Path>,
+        synced: bool,
+    ) -> Result<Self, String> {
         if settings.is_embedded() {
-            Self::connect_sqlite(&data_dir.join("wharfinger.db")).await
+            let durable = if synced {
+                SqliteSynchronous::Full
+            } else {
+                SqliteSynchronous::Normal
+            };
+            Self::connect_sqlite(&data_dir.join("wharfinger.db"), durable).await
         } else {
             Self::connect_postgres(settings, ca_file).await
         }
@@ -95,7 +106,7 @@ impl Db {
         Ok(Self::Postgres(pool))
     }
 
-    async fn connect_sqlite(path: &Path) -> Result<Self, String> {
+    async fn connect_sqlite(path: &Path, durable: SqliteSynchronous) -> Result<Self, String> {
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
@@ -115,9 +126,10 @@ impl Db {
         };
         let cannot = |error: sqlx::Error| format!("cannot open {} ({error}); is it writable?", path.display());
         Ok(Self::Sqlite(Sqlite {
-            durable: pool(1, SqliteSynchronous::Full).await.map_err(cannot)?,
+            durable: pool(1, durable).await.map_err(cannot)?,
             staging: pool(1, SqliteSynchronous::Normal).await.map_err(cannot)?,
-            readers: pool(SQLITE_READERS, SqliteSynchronous::Full).await.map_err(cannot)?,
+            readers: pool(SQLITE_READERS, SqliteSynchronous::Normal).await.map_err(cannot)?,
+            turn: Arc::default(),
         }))
     }
 

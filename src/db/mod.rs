@@ -16,9 +16,12 @@ pub use checking::{Overdue, SealedBlob, Standing};
 pub use connect::Settings;
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use sqlx::postgres::PgDatabaseError;
 use sqlx::{PgPool, SqlitePool};
+use tokio::sync::{Mutex, MutexGuard};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::clock::Clock;
@@ -31,8 +34,8 @@ pub enum Db {
     Sqlite(Sqlite),
 }
 
-/// SQLite has one writer at a time, so each kind of write has one connection and waits in a fair queue for it
-/// instead of polling the file's lock.
+/// SQLite has one writer at a time. Writers wait for their turn in a fair queue: SQLite itself would let them poll the
+/// file's lock, asleep between two looks.
 #[derive(Clone, Debug)]
 pub struct Sqlite {
     readers: SqlitePool,
@@ -40,6 +43,30 @@ pub struct Sqlite {
     durable: SqlitePool,
     /// `synchronous=NORMAL`: what it commits survives the process. Block rows go here.
     staging: SqlitePool,
+    turn: Arc<Mutex<()>>,
+}
+
+/// A pool to use, and what to hold meanwhile.
+type Turn<'a, T> = std::result::Result<(T, &'a SqlitePool), sqlx::Error>;
+
+impl Sqlite {
+    async fn readers(&self) -> Turn<'_, ()> {
+        Ok(((), &self.readers))
+    }
+
+    async fn durable(&self) -> Turn<'_, MutexGuard<'_, ()>> {
+        Ok((self.turn().await?, &self.durable))
+    }
+
+    async fn staging(&self) -> Turn<'_, MutexGuard<'_, ()>> {
+        Ok((self.turn().await?, &self.staging))
+    }
+
+    async fn turn(&self) -> std::result::Result<MutexGuard<'_, ()>, sqlx::Error> {
+        timeout(connect::SQLITE_TIMEOUT, self.turn.lock())
+            .await
+            .map_err(|_| sqlx::Error::PoolTimedOut)
+    }
 }
 
 /// Runs one expression on whichever database this is, with `$conn` bound to something that executes queries.
@@ -49,7 +76,7 @@ macro_rules! on {
         match $db {
             $crate::db::Db::Postgres($conn) => $body,
             $crate::db::Db::Sqlite(sqlite) => {
-                let $conn = &sqlite.$pool;
+                let (_turn, $conn) = sqlite.$pool().await?;
                 $body
             }
         }
@@ -76,7 +103,8 @@ macro_rules! transaction {
                 $crate::db::Db::Sqlite(sqlite) => {
                     async {
                         // One that begins by reading could find the write lock taken and could not wait for it.
-                        let mut $tx = sqlite.$pool.begin_with("BEGIN IMMEDIATE").await?;
+                        let (_turn, pool) = sqlite.$pool().await?;
+                        let mut $tx = pool.begin_with("BEGIN IMMEDIATE").await?;
                         let value = $body;
                         $crate::db::end($tx, value).await
                     }

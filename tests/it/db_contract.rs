@@ -78,7 +78,7 @@ async fn connect(url: &str, directory: &TempDir) -> Db {
         url: SecretString::from(url),
         max_connections: 20,
     };
-    Db::connect(&settings, directory.path(), None).await.unwrap()
+    Db::connect(&settings, directory.path(), None, true).await.unwrap()
 }
 
 impl Raw {
