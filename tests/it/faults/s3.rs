@@ -559,7 +559,8 @@ mod long {
                 client.finalize("stalled", &bytes).await.unwrap();
             }
             let took = begun.elapsed();
-            assert!(took > LIMIT && took < LIMIT * 3 / 2, "{method}: {took:?}");
+            // Not much longer, on a machine that may be busy.
+            assert!(took > LIMIT && took < LIMIT * 3, "{method}: {took:?}");
             assert_eq!(proxy.clear(), 1);
         }
         check_all(&server, client).await;

@@ -246,7 +246,8 @@ impl Worker {
         let hash = hex(&Sha256::digest(&whole));
         let fields = json!({ "name": name, "size": whole.len().to_string(), "hash": format!("sha256:{hash}") });
         let finalized = self.call("FinalizeArtifact", fields).await;
-        if finalized.status != 200 && (created.unsure || begun.elapsed() > UPLOAD_LIMIT) {
+        let too_late = expires.is_some_and(|expires| expires <= SystemTime::now());
+        if finalized.status != 200 && (created.unsure || too_late || begun.elapsed() > UPLOAD_LIMIT) {
             return None;
         }
         assert_eq!(finalized.status, 200, "{name}: {finalized:?}");
