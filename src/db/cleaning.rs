@@ -238,7 +238,7 @@ impl Db {
         Ok(())
     }
 
-    /// How many blobs are in each state.
+    /// How many blobs are in each state. Reads every row.
     pub async fn blob_counts(&self) -> Result<Vec<(String, i64)>> {
         Ok(on!(self, readers, |conn| {
             sqlx::query_as("SELECT state, CAST(count(*) AS BIGINT) FROM blobs GROUP BY state")

@@ -35,11 +35,11 @@ pub enum Db {
 /// instead of polling the file's lock.
 #[derive(Clone, Debug)]
 pub struct Sqlite {
-    readers: SqlitePool,
+    pub readers: SqlitePool,
     /// `synchronous=FULL`: what it commits survives a power cut, and so does all that was committed before.
-    durable: SqlitePool,
+    pub durable: SqlitePool,
     /// `synchronous=NORMAL`: what it commits survives the process. Block rows go here.
-    staging: SqlitePool,
+    pub staging: SqlitePool,
 }
 
 /// Runs one expression on whichever database this is, with `$conn` bound to something that executes queries.
