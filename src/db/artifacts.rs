@@ -79,22 +79,21 @@ pub struct NewestArtifact {
 /// No client keeps more, and an answer must have some bound.
 const LIST_LIMIT: i64 = 10_000;
 
-/// A run's list, narrowed by one more condition. A text for each condition, so that each is planned for itself.
+/// A run's list, narrowed by one more condition. A text for each condition, so that each is planned for itself; and no
+/// look from each row at all others, for which Postgres reads the whole run again.
 macro_rules! listing {
     ($condition:literal) => {
         concat!(
             "SELECT a.id, a.name, a.job_backend_id, b.size_bytes, a.created_at_ms, b.sha256
-             FROM artifacts a JOIN blobs b ON b.id = a.blob_id
-             WHERE a.issuer = $1 AND a.repository = $2 AND a.run_backend_id = $3 AND a.run_attempt <= $4
-                 AND a.state = 'finalized' AND a.expires_at_ms > $5
-                 AND NOT EXISTS (
-                     SELECT 1 FROM artifacts n
-                     WHERE n.issuer = a.issuer AND n.repository = a.repository
-                         AND n.run_backend_id = a.run_backend_id AND n.name = a.name
-                         AND n.run_attempt > a.run_attempt AND n.run_attempt <= $4
-                         AND n.state = 'finalized' AND n.expires_at_ms > $5) ",
+             FROM (
+                 SELECT id, name, job_backend_id, created_at_ms, blob_id,
+                     row_number() OVER (PARTITION BY name ORDER BY run_attempt DESC) AS age
+                 FROM artifacts
+                 WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND run_attempt <= $4
+                     AND state = 'finalized' AND expires_at_ms > $5 ",
             $condition,
-            " ORDER BY a.created_at_ms DESC, a.id DESC LIMIT $6"
+            ") a JOIN blobs b ON b.id = a.blob_id
+             WHERE a.age = 1 ORDER BY a.created_at_ms DESC, a.id DESC LIMIT $6"
         )
     };
 }
@@ -367,8 +366,8 @@ impl Db {
             run_backend_id,
         } = &principal.run;
         let query = match (name, id) {
-            (Some(_), _) => listing!("AND a.name = $7"),
-            (None, Some(_)) => listing!("AND a.id = $7"),
+            (Some(_), _) => listing!("AND name = $7"),
+            (None, Some(_)) => listing!("AND name = (SELECT name FROM artifacts WHERE id = $7)"),
             (None, None) => listing!(""),
         };
         let rows: Vec<Row> = on!(self, readers, |conn| {
