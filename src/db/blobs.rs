@@ -540,7 +540,8 @@ impl Db {
             sqlx::query_as(
                 "SELECT block_id, object_key, object_offset, size_bytes, crc64, start_offset FROM blocks
                  WHERE blob_id = $1 AND start_offset < $3 AND start_offset + size_bytes > $2 AND start_offset >= (
-                     SELECT max(start_offset) FROM blocks WHERE blob_id = $1 AND start_offset <= $2)
+                     SELECT start_offset FROM blocks WHERE blob_id = $1 AND start_offset <= $2
+                     ORDER BY start_offset DESC LIMIT 1)
                  ORDER BY start_offset",
             )
             .bind(blob.0)

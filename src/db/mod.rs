@@ -38,7 +38,7 @@ pub struct Sqlite {
     pub readers: SqlitePool,
     /// `synchronous=FULL`: what it commits survives a power cut, and so does all that was committed before.
     pub durable: SqlitePool,
-    /// `synchronous=NORMAL`: what it commits survives the process. Block rows go here.
+    /// `synchronous=NORMAL`: what it commits survives the process. Block rows go here, and what the cleaner repeats.
     pub staging: SqlitePool,
 }
 
