@@ -4,7 +4,7 @@
 //! that an outage of it does not restart every replica.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use axum::Json;
@@ -18,6 +18,8 @@ use crate::service::Services;
 
 /// A part that does not answer within this is not ready.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Counting reads every blob's row, so not every look at the metrics does it.
+const COUNT_EVERY_MS: i64 = 5 * 60 * 1000;
 
 /// What the internal listener answers from.
 #[derive(Clone)]
@@ -72,20 +74,30 @@ pub async fn metrics(State(operations): State<Operations>) -> (StatusCode, Strin
     let Some(handle) = &operations.metrics else {
         return (StatusCode::NOT_FOUND, "metrics are off\n".to_owned());
     };
-    let db = &operations.services.db;
-    match tokio::try_join!(db.blob_counts(), db.pending_verifications()) {
-        Ok((blobs, pending)) => {
-            for state in ["staging", "committed", "sealed", "deleting"] {
-                let count = blobs
-                    .iter()
-                    .find(|(name, _)| name == state)
-                    .map_or(0, |(_, count)| *count);
-                metrics::gauge!("wharfinger_blobs", "state" => state).set(count as f64);
-            }
-            metrics::gauge!("wharfinger_verification_pending").set(pending as f64);
-        }
+    if let Err(error) = count_rows(&operations.services).await {
         // The other figures are still true, and this is when they are looked at.
-        Err(error) => tracing::warn!(%error, "metrics without the database's figures"),
+        tracing::warn!(%error, "metrics without the database's figures");
     }
     (StatusCode::OK, handle.render())
+}
+
+/// Sets the gauges that the database knows.
+async fn count_rows(services: &Services) -> Result<()> {
+    /// Beside the recorder, of which a process has one too.
+    static NEXT_COUNT_MS: AtomicI64 = AtomicI64::new(0);
+    let pending = services.db.pending_verifications().await?;
+    metrics::gauge!("wharfinger_verification_pending").set(pending as f64);
+    let now_ms = services.clock.now_ms();
+    if now_ms >= NEXT_COUNT_MS.load(Ordering::Relaxed) {
+        let blobs = services.db.blob_counts().await?;
+        for state in ["staging", "committed", "sealed", "deleting"] {
+            let count = blobs
+                .iter()
+                .find(|(name, _)| name == state)
+                .map_or(0, |(_, count)| *count);
+            metrics::gauge!("wharfinger_blobs", "state" => state).set(count as f64);
+        }
+        NEXT_COUNT_MS.store(now_ms + COUNT_EVERY_MS, Ordering::Relaxed);
+    }
+    Ok(())
 }

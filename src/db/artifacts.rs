@@ -79,6 +79,25 @@ pub struct NewestArtifact {
 /// No client keeps more, and an answer must have some bound.
 const LIST_LIMIT: i64 = 10_000;
 
+/// A run's list, narrowed by one more condition. A text for each condition, so that each is planned for itself; and no
+/// look from each row at all others, for which Postgres reads the whole run again.
+macro_rules! listing {
+    ($condition:literal) => {
+        concat!(
+            "SELECT a.id, a.name, a.job_backend_id, b.size_bytes, a.created_at_ms, b.sha256
+             FROM (
+                 SELECT id, name, job_backend_id, created_at_ms, blob_id,
+                     row_number() OVER (PARTITION BY name ORDER BY run_attempt DESC) AS age
+                 FROM artifacts
+                 WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND run_attempt <= $4
+                     AND state = 'finalized' AND expires_at_ms > $5 ",
+            $condition,
+            ") a JOIN blobs b ON b.id = a.blob_id
+             WHERE a.age = 1 ORDER BY a.created_at_ms DESC, a.id DESC LIMIT $6"
+        )
+    };
+}
+
 impl Db {
     /// Begins an upload. Over a name that is still pending the newest wins, with a fresh blob.
     pub async fn create_artifact(&self, new: &NewArtifact<'_>) -> Result<Created> {
@@ -291,7 +310,8 @@ impl Db {
             .await?
             .rows_affected();
             let sealed = sqlx::query(
-                "UPDATE blobs SET state = 'sealed', verification = $3, sha256 = $4, changed_at_ms = $5
+                "UPDATE blobs SET state = 'sealed', verification = $3, sha256 = $4, changed_at_ms = $5,
+                     scrubbed_at_ms = $5
                  WHERE id = $1 AND revision = $2 AND state = 'committed'",
             )
             .bind(candidate.blob.0)
@@ -345,34 +365,29 @@ impl Db {
             repository,
             run_backend_id,
         } = &principal.run;
+        let query = match (name, id) {
+            (Some(_), _) => listing!("AND name = $7"),
+            (None, Some(_)) => listing!("AND name = (SELECT name FROM artifacts WHERE id = $7)"),
+            (None, None) => listing!(""),
+        };
         let rows: Vec<Row> = on!(self, readers, |conn| {
-            sqlx::query_as(
-                "SELECT a.id, a.name, a.job_backend_id, b.size_bytes, a.created_at_ms, b.sha256
-                 FROM artifacts a JOIN blobs b ON b.id = a.blob_id
-                 WHERE a.issuer = $1 AND a.repository = $2 AND a.run_backend_id = $3 AND a.run_attempt <= $4
-                     AND a.state = 'finalized' AND a.expires_at_ms > $5
-                     AND (CAST($6 AS TEXT) IS NULL OR a.name = $6)
-                     AND (CAST($7 AS BIGINT) IS NULL OR a.id = $7)
-                     AND NOT EXISTS (
-                         SELECT 1 FROM artifacts n
-                         WHERE n.issuer = a.issuer AND n.repository = a.repository
-                             AND n.run_backend_id = a.run_backend_id AND n.name = a.name
-                             AND n.run_attempt > a.run_attempt AND n.run_attempt <= $4
-                             AND n.state = 'finalized' AND n.expires_at_ms > $5)
-                 ORDER BY a.created_at_ms DESC, a.id DESC LIMIT $8",
-            )
-            .bind(issuer)
-            .bind(repository)
-            .bind(run_backend_id)
-            .bind(principal.run_attempt)
-            .bind(now_ms)
-            .bind(name)
-            .bind(id.map(|id| id.0))
-            .bind(LIST_LIMIT)
-            .fetch_all(conn)
-            .await?
+            let query = sqlx::query_as(query)
+                .bind(issuer)
+                .bind(repository)
+                .bind(run_backend_id)
+                .bind(principal.run_attempt)
+                .bind(now_ms)
+                .bind(LIST_LIMIT);
+            let query = match (name, id) {
+                (Some(name), _) => query.bind(name),
+                (None, Some(id)) => query.bind(id.0),
+                (None, None) => query,
+            };
+            query.fetch_all(conn).await?
         });
         rows.into_iter()
+            // A name has one row at most.
+            .filter(|row| id.is_none_or(|id| row.0 == id.0))
             .map(|(id, name, job_backend_id, size, created_at_ms, sha256)| {
                 Ok(ListedArtifact {
                     id: ArtifactId(id),

@@ -536,9 +536,13 @@ impl Db {
     /// The placed blocks that overlap `from..to`, in order, each with its start in the blob's content.
     pub async fn content_blocks(&self, blob: BlobId, from: u64, to: u64) -> Result<Vec<(u64, Block)>> {
         let rows: Vec<BlockRow> = on!(self, readers, |conn| {
+            // What comes before the last block that begins at or before the window is passed over unread.
             sqlx::query_as(
                 "SELECT block_id, object_key, object_offset, size_bytes, crc64, start_offset FROM blocks
-                 WHERE blob_id = $1 AND start_offset < $3 AND start_offset + size_bytes > $2 ORDER BY start_offset",
+                 WHERE blob_id = $1 AND start_offset < $3 AND start_offset + size_bytes > $2 AND start_offset >= (
+                     SELECT start_offset FROM blocks WHERE blob_id = $1 AND start_offset <= $2
+                     ORDER BY start_offset DESC LIMIT 1)
+                 ORDER BY start_offset",
             )
             .bind(blob.0)
             .bind(signed(from)?)

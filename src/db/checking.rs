@@ -64,12 +64,13 @@ impl Db {
         rows.into_iter().map(sealed_blob).collect()
     }
 
-    /// The finalized blob that was not read for the longest time, if that was at or before `read_before_ms`.
+    /// The finalized blob that was not read for the longest time since Finalize, if that was at or before
+    /// `read_before_ms`.
     pub async fn blob_to_scrub(&self, read_before_ms: i64) -> Result<Option<SealedBlob>> {
         let row: Option<SealedRow> = on!(self, readers, |conn| {
             sqlx::query_as(
                 "SELECT id, size_bytes, CASE WHEN verification = 'verified' THEN sha256 END FROM blobs
-                 WHERE state = 'sealed' AND scrubbed_at_ms <= $1 AND changed_at_ms <= $1
+                 WHERE state = 'sealed' AND scrubbed_at_ms <= $1
                  ORDER BY scrubbed_at_ms LIMIT 1",
             )
             .bind(read_before_ms)
@@ -162,7 +163,11 @@ impl Db {
             )
             .await?,
             tombstones: count(
-                "SELECT CAST(count(*) AS BIGINT) FROM blobs WHERE state = 'deleting' AND changed_at_ms <= $1",
+                "SELECT CAST(count(*) AS BIGINT) FROM (
+                     SELECT 1 FROM blobs WHERE state = 'deleting' AND cleaned_at_ms IS NULL AND changed_at_ms <= $1
+                     UNION ALL
+                     SELECT 1 FROM blobs WHERE state = 'deleting' AND cleaned_at_ms IS NOT NULL AND changed_at_ms <= $1
+                 ) dead",
                 dead_before_ms,
             )
             .await?,

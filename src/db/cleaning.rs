@@ -1,6 +1,7 @@
 //! What the cleaner asks of the database: what is due, and to forget what is gone.
 //!
-//! Called by `service/cleaner.rs` only. Every step is safe to repeat and safe beside another cleaner.
+//! Called by `service/cleaner.rs` only. Every step is safe to repeat and safe beside another cleaner. What the cleaner
+//! would find again after a power cut is not waited for.
 
 use uuid::Uuid;
 
@@ -141,7 +142,7 @@ impl Db {
 
     /// Forgets the blocks of a tombstone whose objects were deleted.
     pub async fn mark_emptied(&self, blob: BlobId, now_ms: i64) -> Result<()> {
-        transaction!(self, durable, |tx| {
+        transaction!(self, staging, |tx| {
             let dead = sqlx::query("UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND state = 'deleting'")
                 .bind(blob.0)
                 .bind(now_ms)
@@ -163,7 +164,7 @@ impl Db {
 
     /// Forgets a tombstone altogether.
     pub async fn drop_blob(&self, blob: BlobId) -> Result<()> {
-        transaction!(self, durable, |tx| {
+        transaction!(self, staging, |tx| {
             let dead = sqlx::query("UPDATE blobs SET state = state WHERE id = $1 AND state = 'deleting'")
                 .bind(blob.0)
                 .execute(&mut *tx)
@@ -191,7 +192,7 @@ impl Db {
 
     /// Forgets blocks of a sealed blob that arrived too late to be content, and notes that it was swept.
     pub async fn mark_swept(&self, blob: BlobId, now_ms: i64) -> Result<()> {
-        transaction!(self, durable, |tx| {
+        transaction!(self, staging, |tx| {
             sqlx::query("UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND state = 'sealed'")
                 .bind(blob.0)
                 .bind(now_ms)
@@ -229,7 +230,7 @@ impl Db {
 
     /// Forgets garbage whose object was deleted.
     pub async fn drop_garbage(&self, key: &ObjectKey) -> Result<()> {
-        on!(self, durable, |conn| {
+        on!(self, staging, |conn| {
             sqlx::query("DELETE FROM garbage WHERE object_key = $1")
                 .bind(key.as_str())
                 .execute(conn)
@@ -238,7 +239,7 @@ impl Db {
         Ok(())
     }
 
-    /// How many blobs are in each state.
+    /// How many blobs are in each state. Reads every row.
     pub async fn blob_counts(&self) -> Result<Vec<(String, i64)>> {
         Ok(on!(self, readers, |conn| {
             sqlx::query_as("SELECT state, CAST(count(*) AS BIGINT) FROM blobs GROUP BY state")

@@ -38,11 +38,11 @@ pub enum Db {
 /// file's lock, asleep between two looks.
 #[derive(Clone, Debug)]
 pub struct Sqlite {
-    readers: SqlitePool,
+    pub readers: SqlitePool,
     /// `synchronous=FULL`: what it commits survives a power cut, and so does all that was committed before.
-    durable: SqlitePool,
-    /// `synchronous=NORMAL`: what it commits survives the process. Block rows go here.
-    staging: SqlitePool,
+    pub durable: SqlitePool,
+    /// `synchronous=NORMAL`: what it commits survives the process. Block rows go here, and what the cleaner repeats.
+    pub staging: SqlitePool,
     turn: Arc<Mutex<()>>,
 }
 

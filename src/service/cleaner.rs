@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use uuid::Uuid;
@@ -146,14 +146,17 @@ impl Pass<'_> {
     async fn bury(&mut self) -> Result<()> {
         let Services(parts) = self.services;
         while let Some(now_ms) = self.hold().await? {
+            let begun = Instant::now();
             let expired = parts.db.expire_artifacts(now_ms, self.batch()).await?;
             self.report.expired_artifacts += expired;
             if expired == 0 {
                 break;
             }
             failpoint::reach("clean_expired");
+            give_way(begun).await;
         }
         while let Some(now_ms) = self.hold().await? {
+            let begun = Instant::now();
             let begun_before_ms = now_ms - millis(parts.settings.uploads.abandoned_after);
             let abandoned = parts.db.abandon_uploads(begun_before_ms, now_ms, self.batch()).await?;
             self.report.abandoned_uploads += abandoned;
@@ -161,6 +164,7 @@ impl Pass<'_> {
                 break;
             }
             failpoint::reach("clean_tombstoned");
+            give_way(begun).await;
         }
         Ok(())
     }
@@ -271,4 +275,9 @@ impl Pass<'_> {
         metrics::counter!("wharfinger_cleaner_dropped_blobs_total").increment(self.report.dropped_blobs);
         metrics::counter!("wharfinger_cleaner_passes_total").increment(1);
     }
+}
+
+/// Rests for as long as a step lasted, so that requests which waited for it have the database to themselves.
+async fn give_way(begun: Instant) {
+    tokio::time::sleep(begun.elapsed()).await;
 }

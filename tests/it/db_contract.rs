@@ -2,6 +2,7 @@
 //! and that several processes may bring it up to date at once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use secrecy::SecretString;
 use sqlx::{AssertSqlSafe, PgPool, SqlitePool};
@@ -31,7 +32,7 @@ struct Place {
     _directory: TempDir,
 }
 
-enum Raw {
+pub enum Raw {
     Postgres(PgPool),
     Sqlite(SqlitePool),
 }
@@ -54,17 +55,7 @@ impl Place {
     async fn empty(url: String) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let db = connect(&url, &directory).await;
-        let raw = match &db {
-            Db::Postgres(_) => Raw::Postgres(PgPool::connect(&url).await.unwrap()),
-            Db::Sqlite(_) => {
-                let file = directory.path().join("wharfinger.db");
-                Raw::Sqlite(
-                    SqlitePool::connect(&format!("sqlite://{}", file.display()))
-                        .await
-                        .unwrap(),
-                )
-            }
-        };
+        let raw = Raw::connect(&url, directory.path()).await;
         Self {
             db,
             raw,
@@ -82,14 +73,25 @@ async fn connect(url: &str, directory: &TempDir) -> Db {
 }
 
 impl Raw {
-    async fn execute(&self, sql: &str) {
+    /// To Postgres, or to the SQLite of a directory if the URL is empty.
+    pub async fn connect(url: &str, directory: &Path) -> Self {
+        if url.is_empty() {
+            let file = directory.join("wharfinger.db");
+            let url = format!("sqlite://{}", file.display());
+            Self::Sqlite(SqlitePool::connect(&url).await.unwrap())
+        } else {
+            Self::Postgres(PgPool::connect(url).await.unwrap())
+        }
+    }
+
+    pub async fn execute(&self, sql: &str) {
         match self {
             Raw::Postgres(pool) => drop(sqlx::query(AssertSqlSafe(sql)).execute(pool).await.unwrap()),
             Raw::Sqlite(pool) => drop(sqlx::query(AssertSqlSafe(sql)).execute(pool).await.unwrap()),
         }
     }
 
-    async fn number(&self, sql: &str) -> i64 {
+    pub async fn number(&self, sql: &str) -> i64 {
         match self {
             Raw::Postgres(pool) => sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(pool).await.unwrap(),
             Raw::Sqlite(pool) => sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(pool).await.unwrap(),
@@ -97,7 +99,7 @@ impl Raw {
     }
 
     /// Bytes or a UUID as SQL writes it here.
-    fn literal(&self, bytes: &[u8]) -> String {
+    pub fn literal(&self, bytes: &[u8]) -> String {
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         match self {
             Raw::Postgres(_) if bytes.len() == 16 => format!("CAST('{hex}' AS UUID)"),
@@ -171,6 +173,7 @@ on_both! {
     the_cleaner_sweeps_sealed_blobs,
     a_late_block_does_not_stop_the_cleaner,
     garbage_is_forgotten_when_it_is_gone,
+    the_scrub_reads_what_was_unread_for_longest,
     large_ids_fit,
     a_newer_schema_is_refused,
 }
@@ -965,6 +968,30 @@ async fn windows_of_content(place: Place) {
         let overlap = place.db.content_blocks(blob, from, to).await.unwrap();
         assert_eq!(overlap, whole[expected], "{from}..{to}");
     }
+    // Blocks without bytes lie where others begin.
+    let blob = place.begin(&attempt(1), "b", NOW).await;
+    for (id, size_bytes) in [("0", 0), ("1", 10), ("2", 0), ("3", 0), ("4", 10), ("5", 0)] {
+        place.stage(blob, id, size_bytes).await;
+    }
+    place
+        .commit(blob, &latest(&["0", "1", "2", "3", "4", "5"]))
+        .await
+        .unwrap();
+    for (from, to, expected) in [
+        (0, 10, vec![0]),
+        (9, 10, vec![0]),
+        (10, 20, vec![10]),
+        (15, 20, vec![10]),
+        (20, 30, vec![]),
+    ] {
+        let overlap = place.db.content_blocks(blob, from, to).await.unwrap();
+        let full = overlap.iter().filter(|(_, block)| block.size_bytes > 0);
+        assert_eq!(
+            full.map(|(start, _)| *start).collect::<Vec<_>>(),
+            expected,
+            "{from}..{to}"
+        );
+    }
 }
 
 async fn lists_and_attempts(place: Place) {
@@ -1282,6 +1309,29 @@ async fn garbage_is_forgotten_when_it_is_gone(place: Place) {
     db.mark_emptied(blob, NOW).await.unwrap();
     db.drop_blob(blob).await.unwrap();
     assert_eq!(db.garbage(10).await.unwrap(), []);
+}
+
+async fn the_scrub_reads_what_was_unread_for_longest(place: Place) {
+    let db = &place.db;
+    let job = attempt(1);
+    let (_, first, _) = place.upload(&job, "first", NOW).await;
+    let (_, second, _) = place.upload(&job, "second", NOW + 1).await;
+    place.begin(&job, "open", NOW - 9).await;
+    let due = async |read_before_ms| db.blob_to_scrub(read_before_ms).await.unwrap().map(|blob| blob.id);
+    assert_eq!(due(NOW - 1).await, None, "Finalize has just looked at it");
+    assert_eq!(due(NOW).await, Some(first));
+    db.mark_scrubbed(first, NOW + 2).await.unwrap();
+    assert_eq!(due(NOW).await, None);
+    assert_eq!(due(NOW + 9).await, Some(second));
+    db.mark_scrubbed(second, NOW + 3).await.unwrap();
+    assert_eq!(due(NOW + 9).await, Some(first));
+    // As earlier releases left it.
+    let blob = place.raw.literal(second.0.as_bytes());
+    place
+        .raw
+        .execute(&format!("UPDATE blobs SET scrubbed_at_ms = 0 WHERE id = {blob}"))
+        .await;
+    assert_eq!(due(NOW).await, Some(second));
 }
 
 async fn large_ids_fit(place: Place) {

@@ -12,6 +12,7 @@ mod crash;
 mod db_contract;
 mod faults;
 mod fsck;
+mod growth;
 #[cfg(feature = "failpoints")]
 mod kill_matrix;
 mod layers;
