@@ -319,7 +319,7 @@ async fn nothing_costs_more_with_more_rows(url: String) {
         // So that the meter asks the one that did it.
         max_connections: 1,
     };
-    let db = Db::connect(&settings, directory.path(), None).await.unwrap();
+    let db = Db::connect(&settings, directory.path(), None, true).await.unwrap();
     db.migrate().await.unwrap();
     let raw = Raw::connect(&url, directory.path()).await;
     let meter = Meter::new(&db, &raw).await;

@@ -242,6 +242,10 @@ impl Model {
             None => now_ms + DEFAULT_RETENTION,
         };
         let key = Self::key(job, name);
+        let taken = |old: &Artifact| old.finalized && old.expires_ms > now_ms;
+        if self.artifacts.get(&key).is_some_and(taken) {
+            return Err("AlreadyExists");
+        }
         let others = self
             .artifacts
             .iter()
@@ -250,9 +254,6 @@ impl Model {
             return Err("QuotaExceeded");
         }
         if let Some(old) = self.artifacts.get(&key) {
-            if old.finalized && old.expires_ms > now_ms {
-                return Err("AlreadyExists");
-            }
             self.blobs[old.blob].state = if old.finalized {
                 State::Gone
             } else {
