@@ -403,6 +403,7 @@ mod long {
 
     use super::*;
     use crate::common::{Backend, TestServer};
+    use crate::faults::is_long_run;
 
     const FEW: i64 = 1_000;
     const MANY: i64 = 1_000_000;
@@ -565,8 +566,7 @@ mod long {
     }
 
     async fn growth(backend: Backend) {
-        if std::env::var_os("WHARFINGER_TEST_LONG").is_none() {
-            eprintln!("not run: it takes minutes; set WHARFINGER_TEST_LONG=1");
+        if !is_long_run("a million artifacts") {
             return;
         }
         let (server, raw) = sizes_compared(backend).await;
@@ -581,6 +581,7 @@ mod long {
             .buffer_unordered(8)
             .collect::<Vec<_>>()
             .await;
+        // The span that is measured: nothing is waited for.
         let rest = tokio::time::sleep(Duration::from_secs(10));
         beside(&server, 0, "at rest", rest).await;
         let now_ms = server.clock.load(Ordering::Relaxed);

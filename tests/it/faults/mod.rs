@@ -29,10 +29,10 @@ fn skipped(test: &str, reason: &str) {
 }
 
 /// Tests that take long run only when asked for.
-fn is_long_run(test: &str) -> bool {
+pub fn is_long_run(test: &str) -> bool {
     let asked = std::env::var_os("WHARFINGER_TEST_LONG").is_some();
     if !asked {
-        skipped(test, "it takes half a minute; set WHARFINGER_TEST_LONG=1");
+        skipped(test, "it takes half a minute or more; set WHARFINGER_TEST_LONG=1");
     }
     asked
 }
