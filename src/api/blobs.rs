@@ -138,6 +138,7 @@ async fn put_block_list(context: &Context, link: &Link, request: Request) -> Rep
     if length > block_list::MAX_BODY_BYTES as u64 {
         return Err(too_large().into());
     }
+    let _room = context.services.room_for_list(length).await?;
     let body = timeout(
         context.patience.left(),
         to_bytes(request.into_body(), block_list::MAX_BODY_BYTES),
