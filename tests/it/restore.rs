@@ -17,6 +17,7 @@ use wharfinger::model::ObjectKey;
 use wharfinger::service::fsck::{Kind, Options};
 
 use crate::common::{Backend, Job, TestServer, block_link, block_list};
+use crate::faults::skipped;
 
 /// Artifacts that come and go between the two moments.
 const COUNT: usize = 50;
@@ -276,8 +277,13 @@ async fn store_older(backend: Backend) {
         None => server.config.data_dir.join("objects"),
         Some(s3) => match s3.bucket_directory() {
             Some(directory) => directory,
-            // A server outside has no files to be copied.
-            None => return server.stop().await,
+            None => {
+                skipped(
+                    "a_store_older_than_its_database",
+                    "a server outside has no files to copy",
+                );
+                return server.stop().await;
+            }
         },
     };
     let (kept, forgotten, buried, new) = (names("kept"), names("forgotten"), names("buried"), names("new"));

@@ -24,7 +24,7 @@ use crate::common::TestServer;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Says that a test did not run, past libtest, which keeps what a passing test prints to itself.
-fn skipped(test: &str, reason: &str) {
+pub fn skipped(test: &str, reason: &str) {
     let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {reason}");
 }
 
