@@ -162,7 +162,7 @@ async fn connection(
     let socket = Socket::new(stream, Arc::clone(&busy), settings.head_timeout, settings.patience());
     let router = TowerToHyperService::new(router);
     let service = service_fn(move |request| {
-        busy.store(true, Ordering::Relaxed);
+        busy.fetch_add(1, Ordering::Relaxed);
         let (reply, busy, places) = (router.call(request), Arc::clone(&busy), Arc::clone(&places));
         async move {
             let mut reply = reply.await?.map(|body| Reply { body, busy });
@@ -202,7 +202,7 @@ struct Reply {
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        self.busy.store(false, Ordering::Relaxed);
+        self.busy.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -7,7 +7,7 @@ use std::future::Future;
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -17,8 +17,9 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::patience::Patience;
 
-/// Set while a request is under way, from the end of its head to the end of its reply.
-pub type Busy = Arc<AtomicBool>;
+/// How many requests are under way, each from the end of its head to the end of its reply. A client that does not wait
+/// for the reply before its next request can have two.
+pub type Busy = Arc<AtomicUsize>;
 
 pub struct Socket {
     stream: TcpStream,
@@ -75,7 +76,7 @@ impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let outcome = Pin::new(&mut self.stream).poll_read(cx, buffer);
-        if self.busy.load(Ordering::Relaxed) {
+        if self.busy.load(Ordering::Relaxed) > 0 {
             self.head = None;
             return outcome;
         }
