@@ -7,6 +7,8 @@ mod artifacts_v4;
 mod auth;
 mod blobs;
 mod block_list;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod observe;
 mod ops;
 pub mod patience;

@@ -76,7 +76,8 @@ fn check_headers(headers: &HeaderMap) -> Result<(), TwirpError> {
     }
 }
 
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, TwirpError> {
+/// Reads a body as JSON.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, TwirpError> {
     let malformed =
         |error: serde_json::Error| TwirpError::malformed(format!("the body is not a message of this method: {error}"));
     let value: Value = serde_json::from_slice(bytes).map_err(malformed)?;
