@@ -6,12 +6,16 @@
 
 mod artifacts;
 mod blobs;
+mod caches;
 mod checking;
 mod cleaning;
 mod connect;
 
 pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
 pub use blobs::{Committed, ListEntry, ListSource, ReadableBlob, StagedBlock, Verification, WritableBlob};
+pub use caches::{
+    CacheCandidate, Evictable, FoundCacheEntry, LargeCache, NewCacheEntry, Reservation, Reserved, WantedKeys,
+};
 pub use checking::{Overdue, SealedBlob, Standing};
 pub use connect::Settings;
 
