@@ -28,10 +28,12 @@ seed() {
     done
 }
 seed block_list ../src/api/block_list.rs
+seed content_range ../src/api/cache_v1.rs
 seed link ../src/papers/links.rs
 seed range ../src/api/range.rs
 seed token ../src/papers/tokens/tests.rs
 seed twirp_json ../src/api/twirp.rs
+seed twirp_protobuf
 
 [ $# != 0 ] || set -- $(cd fuzz_targets && ls | sed 's/\.rs$//')
 failed=
