@@ -16,7 +16,7 @@ pub use blobs::{Committed, ListEntry, ListSource, ReadableBlob, StagedBlock, Ver
 pub use caches::{
     CacheCandidate, Evictable, FoundCacheEntry, LargeCache, NewCacheEntry, Reservation, Reserved, WantedKeys,
 };
-pub use checking::{Overdue, SealedBlob, Standing};
+pub use checking::{Miscount, Overdue, SealedBlob, Standing};
 pub use connect::Settings;
 
 use std::borrow::Cow;
