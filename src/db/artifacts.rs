@@ -323,8 +323,8 @@ impl Db {
             .await?
             .rows_affected();
             if sealed == 1 && shown == 1 {
-                // Blocks that came after the list are nobody's content.
-                sqlx::query(
+                // Blocks that came after the list are nobody's content. There rarely are any.
+                let late = sqlx::query(
                     "INSERT INTO garbage (object_key, blob_id, created_at_ms)
                      SELECT object_key, blob_id, CAST($2 AS BIGINT) FROM blocks
                      WHERE blob_id = $1 AND start_offset IS NULL
@@ -333,11 +333,14 @@ impl Db {
                 .bind(candidate.blob.0)
                 .bind(now_ms)
                 .execute(&mut *tx)
-                .await?;
-                sqlx::query("DELETE FROM blocks WHERE blob_id = $1 AND start_offset IS NULL")
-                    .bind(candidate.blob.0)
-                    .execute(&mut *tx)
-                    .await?;
+                .await?
+                .rows_affected();
+                if late > 0 {
+                    sqlx::query("DELETE FROM blocks WHERE blob_id = $1 AND start_offset IS NULL")
+                        .bind(candidate.blob.0)
+                        .execute(&mut *tx)
+                        .await?;
+                }
                 failpoint::reach("finalize_before_commit");
                 Some(())
             } else {

@@ -108,11 +108,8 @@ impl Services {
     pub async fn commit_block_list(&self, blob: BlobId, list: &[ListEntry], content_type: Option<&str>) -> Result<()> {
         failpoint::reach("list_parsed");
         for _ in 0..LIST_TRIES {
-            let durable = match self.db.writable_blob(blob).await? {
-                // The database compares the list with the content and answers.
-                Some(WritableBlob::Sealed | WritableBlob::Superseded) | None => Vec::new(),
-                Some(WritableBlob::Open) => {
-                    let blocks = self.db.listed_blocks(blob, list).await?;
+            let durable = match self.db.listed_blocks(blob, list).await {
+                Ok(blocks) => {
                     self.check_artifact_size(blocks.iter().map(|row| row.block.size_bytes).sum())?;
                     let objects: Vec<_> = blocks
                         .iter()
@@ -125,6 +122,12 @@ impl Services {
                         Err(error) => return Err(error),
                     }
                 }
+                Err(error @ Error::UnknownBlock(_)) => match self.db.writable_blob(blob).await? {
+                    Some(WritableBlob::Open) => return Err(error),
+                    // The database compares the list with the content and answers.
+                    Some(WritableBlob::Sealed | WritableBlob::Superseded) | None => Vec::new(),
+                },
+                Err(error) => return Err(error),
             };
             failpoint::reach("list_durable");
             let now_ms = self.clock.now_ms();
