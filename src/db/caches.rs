@@ -332,15 +332,18 @@ impl Db {
                 .await?
                 .rows_affected();
             if let (Some(repository), 1) = (repository, sealed) {
-                sqlx::query(UNLISTED_TO_GARBAGE)
+                let late = sqlx::query(UNLISTED_TO_GARBAGE)
                     .bind(candidate.blob.0)
                     .bind(now_ms)
                     .execute(&mut *tx)
-                    .await?;
-                sqlx::query(FORGET_UNLISTED)
-                    .bind(candidate.blob.0)
-                    .execute(&mut *tx)
-                    .await?;
+                    .await?
+                    .rows_affected();
+                if late > 0 {
+                    sqlx::query(FORGET_UNLISTED)
+                        .bind(candidate.blob.0)
+                        .execute(&mut *tx)
+                        .await?;
+                }
                 sqlx::query("UPDATE cache_repositories SET size_bytes = size_bytes + $2 WHERE id = $1")
                     .bind(repository)
                     .bind(size_bytes)

@@ -6,11 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use secrecy::SecretString;
-use sqlx::pool::PoolConnection;
+use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
-use sqlx::{PgPool, Sqlite, SqlitePool};
 use wharfinger::db::{
-    Created, Db, ListEntry, ListSource, NewArtifact, NewCacheEntry, Reservation, Reserved, Sealing, Settings,
+    Created, Db, Lent, ListEntry, ListSource, NewArtifact, NewCacheEntry, Reservation, Reserved, Sealing, Settings,
     WantedKeys,
 };
 use wharfinger::model::{BlobId, Block, ObjectKey, Principal, RunKey, Sha256};
@@ -188,12 +187,8 @@ const COUNT_CACHES: &str = "UPDATE cache_repositories SET size_bytes = (
 
 /// Counts what a database does for a [`Db`].
 enum Meter {
-    /// Steps of the virtual machine, at least each of its loops; and connections that the `Db` does not get, so that
-    /// it works on those which have prepared their statements.
-    Sqlite(
-        Arc<AtomicU64>,
-        #[expect(dead_code, reason = "held")] Vec<PoolConnection<Sqlite>>,
-    ),
+    /// Steps of the virtual machine, at least each of its loops.
+    Sqlite(Arc<AtomicU64>),
     /// Rows and entries of indexes that are read. The first is the one connection of the `Db`.
     Postgres(PgPool, PgPool),
 }
@@ -203,11 +198,11 @@ impl Meter {
         match (db, raw) {
             (Db::Sqlite(sqlite), _) => {
                 let steps = Arc::new(AtomicU64::new(0));
-                let mut held = Vec::new();
-                for pool in [&sqlite.readers, &sqlite.durable, &sqlite.staging] {
-                    held.extend(count_steps(pool, &steps).await);
-                }
-                Self::Sqlite(steps, held)
+                // What is given back last is lent first: one of each kind is all that one caller gets.
+                count_steps(sqlite.readers().await.unwrap(), &steps).await;
+                count_steps(sqlite.durable().await.unwrap(), &steps).await;
+                count_steps(sqlite.staging().await.unwrap(), &steps).await;
+                Self::Sqlite(steps)
             }
             (Db::Postgres(pool), Raw::Postgres(raw)) => Self::Postgres(pool.clone(), raw.clone()),
             (Db::Postgres(_), Raw::Sqlite(_)) => panic!("two databases"),
@@ -216,7 +211,7 @@ impl Meter {
 
     async fn read(&self) -> u64 {
         match self {
-            Self::Sqlite(steps, _) => steps.load(Ordering::Relaxed),
+            Self::Sqlite(steps) => steps.load(Ordering::Relaxed),
             Self::Postgres(session, raw) => {
                 // Or they would tell what they did only a second later, and the filling would count as asking.
                 for session in [session, raw] {
@@ -244,14 +239,9 @@ impl Meter {
     }
 }
 
-/// On one connection of the pool. Returns the others.
-async fn count_steps(pool: &SqlitePool, steps: &Arc<AtomicU64>) -> Vec<PoolConnection<Sqlite>> {
-    let mut others = Vec::new();
-    for _ in 1..pool.options().get_max_connections() {
-        others.push(pool.acquire().await.unwrap());
-    }
+async fn count_steps(mut lent: Lent, steps: &Arc<AtomicU64>) {
     let steps = Arc::clone(steps);
-    let mut connection = pool.acquire().await.unwrap();
+    let connection = lent.connection().unwrap();
     connection
         .lock_handle()
         .await
@@ -260,7 +250,7 @@ async fn count_steps(pool: &SqlitePool, steps: &Arc<AtomicU64>) -> Vec<PoolConne
             steps.fetch_add(1, Ordering::Relaxed);
             true
         });
-    others
+    lent.done();
 }
 
 /// The cost of everything that is asked often. No two with one `number`.
