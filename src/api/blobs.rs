@@ -229,7 +229,7 @@ fn upload(
 }
 
 /// A body's bytes as they come; an error item if they stop coming or come too slowly.
-fn chunks(body: Body, patience: Patience) -> impl Stream<Item = Result<Bytes, Error>> + Send + 'static {
+pub(super) fn chunks(body: Body, patience: Patience) -> impl Stream<Item = Result<Bytes, Error>> + Send + 'static {
     let frames = body.into_data_stream().map_err(|error| broken(&error));
     futures_util::stream::unfold((Box::pin(frames), patience), |(mut frames, mut patience)| async move {
         let begun = Instant::now();

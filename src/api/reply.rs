@@ -177,21 +177,58 @@ impl GithubError {
     }
 }
 
-impl IntoResponse for GithubError {
-    fn into_response(self) -> Response {
-        let body = json!({ "message": self.message }).to_string();
-        (self.status, [(CONTENT_TYPE, "application/json")], body).into_response()
+impl From<Error> for GithubError {
+    fn from(error: Error) -> Self {
+        let status = match &error {
+            Error::NotFound(_) => StatusCode::NOT_FOUND,
+            Error::Gone(_) => StatusCode::GONE,
+            Error::AlreadyExists(_) | Error::Conflict(_) => StatusCode::CONFLICT,
+            Error::Malformed(_) | Error::Invalid(_) | Error::UnknownBlock(_) | Error::ChecksumMismatch(_) => {
+                StatusCode::BAD_REQUEST
+            }
+            Error::RangeNotSatisfiable { .. } => StatusCode::RANGE_NOT_SATISFIABLE,
+            Error::FailedPrecondition(_) => StatusCode::PRECONDITION_FAILED,
+            Error::Unsupported(_) => StatusCode::NOT_IMPLEMENTED,
+            Error::Unauthorized(_) => StatusCode::UNAUTHORIZED,
+            // `@actions/artifact` 1.x tells its users of a full quota when it gets a 403, and tries 413 and 429 again.
+            Error::Forbidden(_) | Error::QuotaExceeded(_) => StatusCode::FORBIDDEN,
+            Error::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Error::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Error::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self::new(status, text_for_client(error))
     }
 }
 
-/// The answer to a handler that panicked, in the dialect of the path.
-pub fn panicked(path: &str) -> Response {
-    let error = Error::Internal(format!("a handler panicked at {path}"));
+impl From<TwirpError> for GithubError {
+    fn from(error: TwirpError) -> Self {
+        Self::new(error.status, error.message)
+    }
+}
+
+impl IntoResponse for GithubError {
+    fn into_response(self) -> Response {
+        let body = json!({ "message": self.message }).to_string();
+        let mut response = (self.status, [(CONTENT_TYPE, "application/json")], body).into_response();
+        hint(&mut response);
+        response
+    }
+}
+
+/// A failure in the dialect of the path.
+pub fn in_dialect_of(path: &str, error: Error) -> Response {
     if path.starts_with("/blob/") {
         AzureError::from(error).into_response()
+    } else if path.starts_with("/_apis/") {
+        GithubError::from(error).into_response()
     } else {
         TwirpError::from(error).into_response()
     }
+}
+
+/// The answer to a handler that panicked.
+pub fn panicked(path: &str) -> Response {
+    in_dialect_of(path, Error::Internal(format!("a handler panicked at {path}")))
 }
 
 /// Logs what only the log may see and returns what the client may.

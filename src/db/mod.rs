@@ -9,11 +9,13 @@ mod blobs;
 mod checking;
 mod cleaning;
 mod connect;
+mod files;
 
 pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
 pub use blobs::{Committed, ListEntry, ListSource, ReadableBlob, StagedBlock, Verification, WritableBlob};
 pub use checking::{Overdue, SealedBlob, Standing};
 pub use connect::Settings;
+pub use files::{BrokenFile, ChunkSums, Container, Encoding, File, FileChunk, NewChunk, Publication, Staged};
 
 use std::borrow::Cow;
 use std::sync::Arc;

@@ -4,13 +4,16 @@
 //! `papers` together and never answers a client itself.
 
 pub mod artifacts;
+mod chunks;
 pub mod cleaner;
 pub mod downloads;
+pub mod files;
 pub mod fsck;
 pub mod memory;
 pub mod scrub;
 pub mod uploads;
 pub mod verification;
+mod zip;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
