@@ -59,6 +59,7 @@ pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
     let settings = Settings {
         uploads: config.uploads.clone(),
         artifacts: config.artifacts.clone(),
+        cache: config.cache.clone(),
         verification: config.verification.clone(),
         cleaner: config.cleaner.clone(),
         scrub: config.scrub.clone(),
@@ -257,6 +258,7 @@ pub async fn clean(config: Config) -> anyhow::Result<()> {
             tracing::info!(
                 expired_artifacts = report.expired_artifacts,
                 abandoned_uploads = report.abandoned_uploads,
+                evicted_cache_entries = report.evicted_cache_entries,
                 deleted_objects = report.deleted_objects,
                 dropped_blobs = report.dropped_blobs,
                 "cleaned"

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::item_path::{self, ItemPath};
-use super::reply::GithubError;
+use super::reply::ApisError;
 use super::twirp::{self, Message, format_timestamp};
 use super::{Context, blobs, content_range};
 use crate::db::{Container, Encoding, File};
@@ -33,7 +33,7 @@ use crate::service::Services;
 use crate::service::files::Chunk;
 use crate::service::uploads::{Checksums, Upload};
 
-type Reply = Result<Response, GithubError>;
+type Reply = Result<Response, ApisError>;
 
 /// The one type of artifact that clients know.
 const TYPE: &str = "actions_storage";
@@ -44,9 +44,9 @@ const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'
 pub struct Json<T>(T);
 
 impl<T: DeserializeOwned> FromRequest<Context> for Json<T> {
-    type Rejection = GithubError;
+    type Rejection = ApisError;
 
-    async fn from_request(request: Request, context: &Context) -> Result<Self, GithubError> {
+    async fn from_request(request: Request, context: &Context) -> Result<Self, ApisError> {
         let Message(body) = Message::from_request(request, context).await?;
         Ok(Self(body))
     }
@@ -115,7 +115,12 @@ pub async fn create(
     let id = context
         .services
         .open_container(&principal, &request.name, request.retention_days)
-        .await?;
+        .await
+        .map_err(|error| match error {
+            // The client tells its users of a full quota when it gets a 403.
+            Error::QuotaExceeded(text) => Error::Forbidden(text),
+            error => error,
+        })?;
     Ok(json_reply(
         StatusCode::CREATED,
         &described(&context.services, id, &request.name, -1),
@@ -234,7 +239,7 @@ pub async fn put(
         Some("gzip") => Encoding::Gzip,
         Some(_) => {
             let message = "Content-Encoding may be gzip only";
-            return Err(GithubError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
+            return Err(Error::Malformed(message.to_owned()).into());
         }
     };
     let length_bytes = match (encoding, length) {

@@ -8,6 +8,8 @@ mod artifacts_v4;
 mod auth;
 mod blobs;
 mod block_list;
+mod cache_v1;
+mod cache_v2;
 pub mod content_range;
 pub mod item_path;
 mod observe;
@@ -22,7 +24,7 @@ mod twirp;
 use axum::Router;
 use axum::http::{StatusCode, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
-use axum::routing::{MethodRouter, any, get, post};
+use axum::routing::{MethodRouter, any, get, patch, post};
 
 pub use self::ops::Operations;
 use self::patience::Patience;
@@ -99,6 +101,21 @@ pub fn public(context: Context) -> UrlMap {
         "/twirp/github.actions.results.api.v1.ArtifactService/FinalizeMigratedArtifact",
         call(post(artifacts_v4::migrate)),
     )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.CacheService/CreateCacheEntry",
+        call(post(cache_v2::create)),
+    )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.CacheService/FinalizeCacheEntryUpload",
+        call(post(cache_v2::finalize)),
+    )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.CacheService/GetCacheEntryDownloadURL",
+        call(post(cache_v2::download_url)),
+    )
     // Artifacts of version 3 and before. Clients build the first path from ACTIONS_RUNTIME_URL, and get the others.
     .route(
         RuntimeToken,
@@ -119,6 +136,18 @@ pub fn public(context: Context) -> UrlMap {
     )
     .route(Anyone, "/twirp/{*method}", any(bad_route))
     .route(Anyone, "/twirp/", any(bad_route))
+    // The first cache protocol.
+    .route(RuntimeToken, "/_apis/artifactcache/cache", get(cache_v1::look_up))
+    .route(
+        RuntimeToken,
+        "/_apis/artifactcache/caches",
+        get(cache_v1::list).post(cache_v1::reserve),
+    )
+    .route(
+        RuntimeToken,
+        "/_apis/artifactcache/caches/{id}",
+        patch(cache_v1::upload_chunk).post(cache_v1::commit),
+    )
     // Bytes, by signed links only.
     .route(SignedLink, "/blob/{kind}/{id}", any(blobs::handle))
 }

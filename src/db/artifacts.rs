@@ -5,7 +5,7 @@
 
 use uuid::Uuid;
 
-use super::blobs::digest;
+use super::blobs::{BEGIN, BURY, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE, digest};
 use super::{Db, Failure, TRIES, lost_every_race, on, transaction, unsigned};
 use crate::error::{Error, Result};
 use crate::failpoint;
@@ -94,11 +94,6 @@ pub(super) const INSERT_ARTIFACT: &str = "INSERT INTO artifacts (issuer, reposit
 pub(super) const COUNT_OF_JOB: &str = "SELECT count(*) FROM artifacts
     WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND run_attempt = $4 AND job_backend_id = $5";
 
-/// Leaves a blob to the cleaner; why, and when.
-pub(super) const TOMBSTONE: &str = "UPDATE blobs
-    SET state = 'deleting', tombstone = $2, changed_at_ms = $3, cleaned_at_ms = NULL
-    WHERE id = $1 AND state <> 'deleting'";
-
 /// No client keeps more, and an answer must have some bound.
 const LIST_LIMIT: i64 = 10_000;
 
@@ -165,7 +160,7 @@ impl Db {
                 // The older upload ends here, whoever began it.
                 let tombstone = if is_pending { "superseded" } else { "expired" };
                 for blob in [Some(old_blob), container].into_iter().flatten() {
-                    sqlx::query(TOMBSTONE)
+                    sqlx::query(BURY)
                         .bind(blob)
                         .bind(tombstone)
                         .bind(now_ms)
@@ -182,16 +177,12 @@ impl Db {
                         .await?;
                 }
             }
-            sqlx::query(
-                "INSERT INTO blobs (id, kind, state, revision, size_bytes, verification, verify_lease_until_ms,
-                     created_at_ms, changed_at_ms)
-                 VALUES ($1, $2, 'staging', 0, 0, 'none', 0, $3, $3)",
-            )
-            .bind(blob.0)
-            .bind(BlobKind::Artifact.as_str())
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await?;
+            sqlx::query(BEGIN)
+                .bind(blob.0)
+                .bind(BlobKind::Artifact.as_str())
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await?;
             let placed = if let Some(id) = pending {
                 sqlx::query(
                     "UPDATE artifacts SET blob_id = $2, job_backend_id = $3, version = $4, mime_type = $5,
@@ -320,32 +311,22 @@ impl Db {
             .execute(&mut *tx)
             .await?
             .rows_affected();
-            let sealed = sqlx::query(
-                "UPDATE blobs SET state = 'sealed', verification = $3, sha256 = $4, changed_at_ms = $5,
-                     scrubbed_at_ms = $5
-                 WHERE id = $1 AND revision = $2 AND state = 'committed'",
-            )
-            .bind(candidate.blob.0)
-            .bind(candidate.revision)
-            .bind(verification)
-            .bind(sha256.map(|sha256| sha256.0.to_vec()))
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
-            if sealed == 1 && shown == 1 {
-                // Blocks that came after the list are nobody's content.
-                sqlx::query(
-                    "INSERT INTO garbage (object_key, blob_id, created_at_ms)
-                     SELECT object_key, blob_id, CAST($2 AS BIGINT) FROM blocks
-                     WHERE blob_id = $1 AND start_offset IS NULL
-                     ON CONFLICT (object_key) DO NOTHING",
-                )
+            let sealed = sqlx::query(SEAL)
                 .bind(candidate.blob.0)
+                .bind(candidate.revision)
+                .bind(verification)
+                .bind(sha256.map(|sha256| sha256.0.to_vec()))
                 .bind(now_ms)
                 .execute(&mut *tx)
-                .await?;
-                sqlx::query("DELETE FROM blocks WHERE blob_id = $1 AND start_offset IS NULL")
+                .await?
+                .rows_affected();
+            if sealed == 1 && shown == 1 {
+                sqlx::query(UNLISTED_TO_GARBAGE)
+                    .bind(candidate.blob.0)
+                    .bind(now_ms)
+                    .execute(&mut *tx)
+                    .await?;
+                sqlx::query(FORGET_UNLISTED)
                     .bind(candidate.blob.0)
                     .execute(&mut *tx)
                     .await?;
@@ -465,7 +446,7 @@ impl Db {
             .await?;
             if let Some((blob, container)) = hidden {
                 for blob in [Some(blob), container].into_iter().flatten() {
-                    sqlx::query(TOMBSTONE)
+                    sqlx::query(BURY)
                         .bind(blob)
                         .bind("deleted")
                         .bind(now_ms)

@@ -5,7 +5,7 @@
 use uuid::Uuid;
 
 use super::blobs::digest;
-use super::{Db, on, unsigned};
+use super::{Db, on, transaction, unsigned};
 use crate::error::Result;
 use crate::model::{BlobId, BlobState, ObjectKey, Sha256};
 
@@ -53,8 +53,11 @@ impl Db {
         let rows: Vec<SealedRow> = on!(self, readers, |conn| {
             sqlx::query_as(
                 "SELECT b.id, b.size_bytes, CASE WHEN b.verification = 'verified' THEN b.sha256 END
-                 FROM blobs b JOIN artifacts a ON a.blob_id = b.id
-                 WHERE b.id > $1 AND b.state = 'sealed' AND a.state = 'finalized' ORDER BY b.id LIMIT $2",
+                 FROM blobs b
+                 WHERE b.id > $1 AND b.state = 'sealed' AND (
+                     EXISTS (SELECT 1 FROM artifacts a WHERE a.blob_id = b.id AND a.state = 'finalized')
+                     OR EXISTS (SELECT 1 FROM cache_entries e WHERE e.blob_id = b.id AND e.state = 'finalized'))
+                 ORDER BY b.id LIMIT $2",
             )
             .bind(after.0)
             .bind(limit)
@@ -92,26 +95,32 @@ impl Db {
         Ok(())
     }
 
-    /// Shows the artifact of a blob no more, because its bytes are missing or changed; its links answer "gone".
-    /// `false` if it was not shown anyway.
+    /// Shows the artifact or cache entry of a blob no more, because its bytes are missing or changed; its links answer
+    /// "gone". `false` if it was not shown anyway.
     pub async fn mark_lost(&self, blob: BlobId) -> Result<bool> {
-        let rows = on!(self, durable, |conn| {
-            sqlx::query("UPDATE artifacts SET state = 'lost' WHERE blob_id = $1 AND state = 'finalized'")
-                .bind(blob.0)
-                .execute(conn)
-                .await?
-                .rows_affected()
-        });
-        Ok(rows > 0)
+        let marked = transaction!(self, durable, |tx| {
+            let mut marked = 0;
+            for mark in [
+                "UPDATE artifacts SET state = 'lost' WHERE blob_id = $1 AND state = 'finalized'",
+                "UPDATE cache_entries SET state = 'lost' WHERE blob_id = $1 AND state = 'finalized'",
+            ] {
+                marked += sqlx::query(mark).bind(blob.0).execute(&mut *tx).await?.rows_affected();
+            }
+            (marked > 0).then_some(())
+        })?;
+        Ok(marked.is_some())
     }
 
     /// Whether a blob is finalized and shown.
     pub async fn is_shown(&self, blob: BlobId) -> Result<bool> {
         let shown: Option<i64> = on!(self, readers, |conn| {
-            sqlx::query_scalar("SELECT id FROM artifacts WHERE blob_id = $1 AND state = 'finalized'")
-                .bind(blob.0)
-                .fetch_optional(conn)
-                .await?
+            sqlx::query_scalar(
+                "SELECT id FROM artifacts WHERE blob_id = $1 AND state = 'finalized'
+                 UNION ALL SELECT id FROM cache_entries WHERE blob_id = $1 AND state = 'finalized'",
+            )
+            .bind(blob.0)
+            .fetch_optional(conn)
+            .await?
         });
         Ok(shown.is_some())
     }

@@ -5,7 +5,7 @@
 
 use uuid::Uuid;
 
-use super::artifacts::TOMBSTONE;
+use super::blobs::{BURY, FORGET_UNLISTED, UNLISTED_TO_GARBAGE};
 use super::{Db, on, transaction};
 use crate::error::{Error, Result};
 use crate::model::{BlobId, ObjectKey};
@@ -27,7 +27,7 @@ impl Db {
             .await?;
             for &(blob, container) in &blobs {
                 for blob in [Some(blob), container].into_iter().flatten() {
-                    sqlx::query(TOMBSTONE)
+                    sqlx::query(BURY)
                         .bind(blob)
                         .bind("expired")
                         .bind(now_ms)
@@ -55,10 +55,12 @@ impl Db {
             let mut abandoned = 0;
             for blob in blobs {
                 // One that was finalized meanwhile is neither pending nor open any more.
-                sqlx::query("DELETE FROM artifacts WHERE blob_id = $1 AND state = 'pending'")
-                    .bind(blob)
-                    .execute(&mut *tx)
-                    .await?;
+                for row in [
+                    "DELETE FROM artifacts WHERE blob_id = $1 AND state = 'pending'",
+                    "DELETE FROM cache_entries WHERE blob_id = $1 AND state = 'reserved'",
+                ] {
+                    sqlx::query(row).bind(blob).execute(&mut *tx).await?;
+                }
                 abandoned += sqlx::query(
                     "UPDATE blobs SET state = 'deleting', tombstone = 'abandoned', changed_at_ms = $2,
                          cleaned_at_ms = NULL
@@ -204,20 +206,12 @@ impl Db {
                 .bind(now_ms)
                 .execute(&mut *tx)
                 .await?;
-            sqlx::query(
-                "INSERT INTO garbage (object_key, blob_id, created_at_ms)
-                 SELECT object_key, blob_id, CAST($2 AS BIGINT) FROM blocks
-                 WHERE blob_id = $1 AND start_offset IS NULL
-                 ON CONFLICT (object_key) DO NOTHING",
-            )
-            .bind(blob.0)
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await?;
-            sqlx::query("DELETE FROM blocks WHERE blob_id = $1 AND start_offset IS NULL")
+            sqlx::query(UNLISTED_TO_GARBAGE)
                 .bind(blob.0)
+                .bind(now_ms)
                 .execute(&mut *tx)
                 .await?;
+            sqlx::query(FORGET_UNLISTED).bind(blob.0).execute(&mut *tx).await?;
             Some(())
         })?;
         Ok(())

@@ -8,8 +8,8 @@ use std::collections::HashMap;
 
 use uuid::Uuid;
 
-use super::artifacts::{COUNT_OF_JOB, INSERT_ARTIFACT, LOCK_NAME, TOMBSTONE};
-use super::blobs::ROWS_PER_INSERT;
+use super::artifacts::{COUNT_OF_JOB, INSERT_ARTIFACT, LOCK_NAME};
+use super::blobs::{BEGIN, BURY, ROWS_PER_INSERT};
 use super::{Created, Db, Failure, NewArtifact, TRIES, lost_every_race, on, signed, transaction, unsigned};
 use crate::error::{Error, Result};
 use crate::failpoint;
@@ -322,7 +322,7 @@ impl Db {
                     None if lives => refused = Some(Created::Exists),
                     _ => {
                         for blob in [Some(shown), container].into_iter().flatten() {
-                            sqlx::query(TOMBSTONE)
+                            sqlx::query(BURY)
                                 .bind(blob)
                                 .bind("expired")
                                 .bind(now_ms)
@@ -338,15 +338,12 @@ impl Db {
             }
             let mut opened = joined;
             if joined.is_none() && refused.is_none() {
-                sqlx::query(
-                    "INSERT INTO blobs (id, kind, state, revision, size_bytes, verification, verify_lease_until_ms,
-                         created_at_ms, changed_at_ms)
-                     VALUES ($1, 'container', 'staging', 0, 0, 'none', 0, $2, $2)",
-                )
-                .bind(blob.0)
-                .bind(now_ms)
-                .execute(&mut *tx)
-                .await?;
+                sqlx::query(BEGIN)
+                    .bind(blob.0)
+                    .bind("container")
+                    .bind(now_ms)
+                    .execute(&mut *tx)
+                    .await?;
                 sqlx::query(
                     "INSERT INTO containers (blob_id, file_count, received_bytes, replaced_count, published_bytes)
                      VALUES ($1, 0, 0, 0, 0)",
@@ -731,16 +728,12 @@ impl Db {
     /// upload like any other.
     pub async fn begin_zip(&self, zip: BlobId, now_ms: i64) -> Result<()> {
         on!(self, staging, |conn| {
-            sqlx::query(
-                "INSERT INTO blobs (id, kind, state, revision, size_bytes, verification, verify_lease_until_ms,
-                     created_at_ms, changed_at_ms)
-                 VALUES ($1, $2, 'staging', 0, 0, 'none', 0, $3, $3)",
-            )
-            .bind(zip.0)
-            .bind(BlobKind::Artifact.as_str())
-            .bind(now_ms)
-            .execute(conn)
-            .await?;
+            sqlx::query(BEGIN)
+                .bind(zip.0)
+                .bind(BlobKind::Artifact.as_str())
+                .bind(now_ms)
+                .execute(conn)
+                .await?;
         });
         Ok(())
     }
@@ -838,7 +831,7 @@ impl Db {
             .rows_affected();
             if shown + kept + current + sealed == 4 {
                 if publication.shown != publication.container {
-                    sqlx::query(TOMBSTONE)
+                    sqlx::query(BURY)
                         .bind(publication.shown.0)
                         .bind("superseded")
                         .bind(now_ms)

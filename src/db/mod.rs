@@ -6,6 +6,7 @@
 
 mod artifacts;
 mod blobs;
+mod caches;
 mod checking;
 mod cleaning;
 mod connect;
@@ -13,6 +14,9 @@ mod files;
 
 pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
 pub use blobs::{Committed, ListEntry, ListSource, ReadableBlob, StagedBlock, Verification, WritableBlob};
+pub use caches::{
+    CacheCandidate, Evictable, FoundCacheEntry, LargeCache, NewCacheEntry, Reservation, Reserved, WantedKeys,
+};
 pub use checking::{Overdue, SealedBlob, Standing};
 pub use connect::Settings;
 pub use files::{BrokenFile, ChunkSums, Container, Encoding, File, FileChunk, NewChunk, Publication, Staged};

@@ -1,4 +1,4 @@
-//! Taking away what nobody needs: expired artifacts, abandoned uploads, replaced and leftover blocks.
+//! Taking away what nobody needs: expired artifacts, unused cache entries, abandoned uploads, leftover blocks.
 //!
 //! `app` runs it in the background and `wharfinger clean` once. One replica cleans at a time, under a lease; every
 //! step may be cut anywhere and repeated. Rows are tombstones before their objects go, and go after them.
@@ -21,7 +21,7 @@ use crate::model::{BlobId, ObjectKey};
 pub struct Settings {
     #[serde(with = "crate::duration")]
     pub interval: Duration,
-    /// How long the bytes of a deleted or expired artifact stay for downloads that are under way.
+    /// How long the bytes of a deleted or expired artifact or cache entry stay for downloads that are under way.
     #[serde(with = "crate::duration")]
     pub delete_grace: Duration,
     /// When the prefix of a sealed or dead blob is searched for leftovers: later than any request can last.
@@ -39,6 +39,8 @@ pub struct Settings {
 pub struct Report {
     pub expired_artifacts: u64,
     pub abandoned_uploads: u64,
+    /// Cache entries that were not used, or made room for others.
+    pub evicted_cache_entries: u64,
     pub deleted_objects: u64,
     pub dropped_blobs: u64,
 }
@@ -57,6 +59,7 @@ impl Services {
                     tracing::info!(
                         expired_artifacts = report.expired_artifacts,
                         abandoned_uploads = report.abandoned_uploads,
+                        evicted_cache_entries = report.evicted_cache_entries,
                         deleted_objects = report.deleted_objects,
                         dropped_blobs = report.dropped_blobs,
                         "cleaned"
@@ -117,6 +120,7 @@ impl Pass<'_> {
             return Ok(None);
         }
         self.bury().await?;
+        self.bury_caches().await?;
         self.collect_garbage().await?;
         self.sweep().await?;
         self.collect_garbage().await?;
@@ -167,6 +171,57 @@ impl Pass<'_> {
             give_way(begun).await;
         }
         Ok(())
+    }
+
+    async fn bury_caches(&mut self) -> Result<()> {
+        let Services(parts) = self.services;
+        let settings = &parts.settings.cache;
+        while let Some(now_ms) = self.hold().await? {
+            let begun = Instant::now();
+            let dead_since_ms = now_ms - millis(settings.reservation_ttl);
+            let dead = parts.db.dead_reservations(dead_since_ms, self.batch()).await?;
+            let given_up = parts.db.evict_cache_entries(&dead, "abandoned", now_ms).await?;
+            self.report.abandoned_uploads += given_up;
+            if given_up == 0 {
+                break;
+            }
+            give_way(begun).await;
+        }
+        while let Some(now_ms) = self.hold().await? {
+            let begun = Instant::now();
+            let idle_since_ms = now_ms - millis(settings.idle_after);
+            let idle = parts.db.idle_cache_entries(idle_since_ms, self.batch()).await?;
+            let evicted = parts.db.evict_cache_entries(&idle, "expired", now_ms).await?;
+            self.report.evicted_cache_entries += evicted;
+            if evicted == 0 {
+                break;
+            }
+            failpoint::reach("clean_evicted");
+            give_way(begun).await;
+        }
+        if settings.max_bytes_per_repository == 0 {
+            return Ok(());
+        }
+        loop {
+            let large = parts
+                .db
+                .large_caches(settings.max_bytes_per_repository, self.batch())
+                .await?;
+            let mut evicted = 0;
+            for cache in large {
+                let Some(now_ms) = self.hold().await? else {
+                    return Ok(());
+                };
+                let begun = Instant::now();
+                let unused = parts.db.least_used_cache_entries(cache, self.batch()).await?;
+                evicted += parts.db.evict_cache_entries(&unused, "evicted", now_ms).await?;
+                give_way(begun).await;
+            }
+            self.report.evicted_cache_entries += evicted;
+            if evicted == 0 {
+                return Ok(());
+            }
+        }
     }
 
     /// Deletes the objects of blobs that have been dead for the grace time.
@@ -271,6 +326,8 @@ impl Pass<'_> {
     fn count(&self) {
         metrics::counter!("wharfinger_cleaner_expired_artifacts_total").increment(self.report.expired_artifacts);
         metrics::counter!("wharfinger_cleaner_abandoned_uploads_total").increment(self.report.abandoned_uploads);
+        metrics::counter!("wharfinger_cleaner_evicted_cache_entries_total")
+            .increment(self.report.evicted_cache_entries);
         metrics::counter!("wharfinger_cleaner_deleted_objects_total").increment(self.report.deleted_objects);
         metrics::counter!("wharfinger_cleaner_dropped_blobs_total").increment(self.report.dropped_blobs);
         metrics::counter!("wharfinger_cleaner_passes_total").increment(1);

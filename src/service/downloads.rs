@@ -33,10 +33,10 @@ impl Services {
     /// [`Error::NotFound`] while it is pending, and once it is expired or deleted; [`Error::Gone`] if it is lost.
     pub async fn readable_blob(&self, blob: BlobId) -> Result<ReadableBlob> {
         match self.db.readable_blob(blob, self.clock.now_ms()).await? {
-            Some(blob) if blob.lost => Err(Error::Gone("the artifact's bytes were damaged in the store".to_owned())),
+            Some(blob) if blob.lost => Err(Error::Gone("the bytes were damaged in the store".to_owned())),
             Some(blob) => Ok(blob),
             None => Err(Error::NotFound(
-                "the artifact does not exist, expired or was deleted".to_owned(),
+                "the blob does not exist, expired or was deleted".to_owned(),
             )),
         }
     }

@@ -4,6 +4,7 @@
 //! `papers` together and never answers a client itself.
 
 pub mod artifacts;
+pub mod caches;
 mod chunks;
 pub mod cleaner;
 pub mod downloads;
@@ -31,6 +32,7 @@ use crate::storage::BlockStore;
 pub struct Settings {
     pub uploads: uploads::Settings,
     pub artifacts: artifacts::Settings,
+    pub cache: caches::Settings,
     pub verification: verification::Settings,
     pub cleaner: cleaner::Settings,
     pub scrub: scrub::Settings,

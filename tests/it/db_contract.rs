@@ -14,7 +14,7 @@ use wharfinger::db::{
     Verification, WritableBlob,
 };
 use wharfinger::error::{Error, Result};
-use wharfinger::model::{ArtifactId, BlobId, BlobState, Block, ObjectKey, Principal, RunKey, Sha256};
+use wharfinger::model::{ArtifactId, BlobId, BlobKind, BlobState, Block, ObjectKey, Principal, RunKey, Sha256};
 
 use crate::common::postgres_database;
 use crate::common::process::Environment;
@@ -392,7 +392,10 @@ async fn creating_takes_free_names(place: Place) {
     let (a, b) = (place.begin(&job, "a", NOW).await, place.begin(&job, "b", NOW).await);
     assert_ne!(a, b);
     for blob in [a, b] {
-        assert_eq!(place.db.writable_blob(blob).await.unwrap(), Some(WritableBlob::Open));
+        assert_eq!(
+            place.db.writable_blob(blob).await.unwrap(),
+            Some(WritableBlob::Open(BlobKind::Artifact))
+        );
     }
     assert_eq!(place.db.writable_blob(BlobId::fresh()).await.unwrap(), None);
     let candidate = place.candidate(&job, "a").await;
@@ -466,7 +469,10 @@ async fn creating_over_an_expired_name_frees_it(place: Place) {
     };
     // Gone, and not superseded: its bytes were final.
     assert_eq!(place.db.writable_blob(old).await.unwrap(), None);
-    assert_eq!(place.db.writable_blob(fresh).await.unwrap(), Some(WritableBlob::Open));
+    assert_eq!(
+        place.db.writable_blob(fresh).await.unwrap(),
+        Some(WritableBlob::Open(BlobKind::Artifact))
+    );
     assert_eq!(place.names(&job, NOW + LIFE).await, [""; 0]);
     // Other content has another id.
     place.db.commit_whole(fresh, None, None, NOW + LIFE).await.unwrap();
@@ -519,7 +525,7 @@ async fn of_many_creates_the_newest_wins(place: Place) {
             panic!("a pending name refuses nobody")
         };
         match place.db.writable_blob(blob).await.unwrap() {
-            Some(WritableBlob::Open) => open.push(blob),
+            Some(WritableBlob::Open(BlobKind::Artifact)) => open.push(blob),
             Some(WritableBlob::Superseded) => {}
             other => panic!("{other:?}"),
         }
@@ -535,7 +541,10 @@ async fn of_many_creates_the_newest_wins(place: Place) {
         ])
     );
     assert_eq!(place.raw.number("SELECT count(*) FROM artifacts").await, 1);
-    assert_eq!(place.db.writable_blob(newest).await.unwrap(), Some(WritableBlob::Open));
+    assert_eq!(
+        place.db.writable_blob(newest).await.unwrap(),
+        Some(WritableBlob::Open(BlobKind::Artifact))
+    );
 }
 
 // Staging.
@@ -936,7 +945,7 @@ async fn finalizing_seals_what_was_looked_at(place: Place) {
     );
     assert_eq!(sealed.blob_state, Some(BlobState::Sealed));
     let readable = place.db.readable_blob(blob, NOW).await.unwrap().unwrap();
-    assert_eq!((readable.id, readable.artifact_name.as_str()), (blob, "a"));
+    assert_eq!((readable.id, readable.name.as_str()), (blob, "a"));
     assert_eq!(readable.mime_type.as_deref(), Some("application/zip"));
     assert_eq!(readable.content_type.as_deref(), Some("zip"));
     assert_eq!(
@@ -1213,7 +1222,10 @@ async fn the_cleaner_expires_and_abandons(place: Place) {
     assert_eq!(db.abandon_uploads(NOW - 1, NOW, 10).await.unwrap(), 0);
     assert_eq!(db.abandon_uploads(NOW, NOW, 10).await.unwrap(), 1);
     assert_eq!(db.writable_blob(begun).await.unwrap(), None);
-    assert_eq!(db.writable_blob(committed).await.unwrap(), Some(WritableBlob::Open));
+    assert_eq!(
+        db.writable_blob(committed).await.unwrap(),
+        Some(WritableBlob::Open(BlobKind::Artifact))
+    );
     assert_eq!(db.abandon_uploads(NOW + 1, NOW, 10).await.unwrap(), 1);
     assert_eq!(place.counts().await, BTreeMap::from([("deleting".to_owned(), 5)]));
     assert_eq!(place.raw.number("SELECT count(*) FROM artifacts").await, 0);

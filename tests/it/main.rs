@@ -5,6 +5,7 @@
 mod artifacts_api;
 mod bad_inputs;
 mod bounds;
+mod cache_api;
 mod cli;
 mod clients;
 mod common;
