@@ -87,7 +87,7 @@ pub struct NewChunk<'a> {
     pub path: &'a str,
     pub job_backend_id: &'a str,
     pub encoding: Encoding,
-    /// What the file is when it is unpacked.
+    /// What the file is when it is unpacked, as far as its chunk tells.
     pub length_bytes: u64,
     /// What is stored of it when it is complete.
     pub total_bytes: u64,
@@ -238,7 +238,6 @@ struct Begun {
     id: Uuid,
     uploader: String,
     encoding: String,
-    length_bytes: i64,
     total_bytes: i64,
     received_bytes: i64,
     chunk_count: i64,
@@ -442,7 +441,7 @@ impl Db {
                 .await?;
             if let Some(revision) = revision {
                 let there: Vec<Begun> = sqlx::query_as(
-                    "SELECT id, uploader, encoding, length_bytes, total_bytes, received_bytes, chunk_count FROM files
+                    "SELECT id, uploader, encoding, total_bytes, received_bytes, chunk_count FROM files
                      WHERE container_id = $1 AND path = $2 AND uploader IN ('', $3)",
                 )
                 .bind(new.container.0)
@@ -452,9 +451,7 @@ impl Db {
                 .await?;
                 let (complete, begun): (Vec<_>, Vec<_>) = there.into_iter().partition(|file| file.uploader.is_empty());
                 let (complete, begun) = (complete.into_iter().next(), begun.into_iter().next());
-                let is_this_file = |file: &&Begun| {
-                    file.total_bytes == total && file.length_bytes == length && file.encoding == new.encoding.as_str()
-                };
+                let is_this_file = |file: &&Begun| file.total_bytes == total && file.encoding == new.encoding.as_str();
                 let (mut file, mut received, mut chunk_count) = (None, size, 1);
                 let mut forgotten = Vec::new();
                 if offset == 0 {
@@ -541,7 +538,7 @@ impl Db {
                     }
                     sqlx::query(
                         "UPDATE files SET received_bytes = $2, chunk_count = $3, uploader = $4, revision = $5,
-                             completed_at_ms = $6
+                             completed_at_ms = $6, length_bytes = $7
                          WHERE id = $1",
                     )
                     .bind(file)
@@ -550,6 +547,7 @@ impl Db {
                     .bind(if is_complete { "" } else { new.job_backend_id })
                     .bind(is_complete.then_some(revision))
                     .bind(is_complete.then_some(new.now_ms))
+                    .bind(length)
                     .execute(&mut *tx)
                     .await?;
                     if let Some(block) = new.block {

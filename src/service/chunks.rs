@@ -151,6 +151,12 @@ pub fn whole_crc32(chunks: &[FileChunk]) -> u32 {
     })
 }
 
+/// What the end of a gzip stream says of the length of what was packed, modulo 2^32.
+pub fn packed_length(tail: &[u8]) -> Option<u64> {
+    let size = tail.get(TRAILER_BYTES - 4..TRAILER_BYTES)?;
+    Some(u32::from_le_bytes(size.try_into().ok()?).into())
+}
+
 /// A gzipped file's deflate stream.
 #[derive(Debug, PartialEq, Eq)]
 pub struct DeflateMember {

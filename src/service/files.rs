@@ -11,7 +11,7 @@ use crc_fast::{CrcAlgorithm, checksum};
 use futures_util::{Stream, TryStreamExt, stream};
 
 use super::artifacts::{check_name, no_such_artifact};
-use super::chunks::{Summing, deflate_member, whole_crc32};
+use super::chunks::{Summing, deflate_member, packed_length, whole_crc32};
 use super::downloads::ByteStream;
 use super::uploads::Upload;
 use super::zip::{Headers, Member, Method};
@@ -178,13 +178,18 @@ impl Services {
             Summing::new(false),
         )
         .finish();
+        // Of a named pipe the client knows no length and says 0; what it has packed tells.
+        let length_bytes = match packed_length(&sums.tail) {
+            Some(length) if chunk.encoding == Encoding::Gzip && chunk.length_bytes == 0 => length,
+            _ => chunk.length_bytes,
+        };
         let max_files = self.settings.artifacts.max_files;
         let new = NewChunk {
             container: container.blob,
             path: chunk.path,
             job_backend_id: &principal.job_backend_id,
             encoding: chunk.encoding,
-            length_bytes: chunk.length_bytes,
+            length_bytes,
             total_bytes: chunk.total_bytes,
             file_offset: chunk.file_offset,
             block: block.as_ref(),

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use sqlx::{AssertSqlSafe, PgPool, SqlitePool};
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -16,7 +16,7 @@ use wharfinger::db::{
 use wharfinger::error::{Error, Result};
 use wharfinger::model::{ArtifactId, BlobId, BlobKind, BlobState, Block, ObjectKey, Principal, RunKey, Sha256};
 
-use crate::common::postgres_database;
+use crate::common::{TestServer, postgres_database};
 use crate::common::process::Environment;
 
 /// The time at which everything begins.
@@ -82,6 +82,11 @@ impl Raw {
         } else {
             Self::Postgres(PgPool::connect(url).await.unwrap())
         }
+    }
+
+    /// To the database of a server.
+    pub async fn of(server: &TestServer) -> Self {
+        Self::connect(server.config.database.url.expose_secret(), &server.config.data_dir).await
     }
 
     pub async fn execute(&self, sql: &str) {
