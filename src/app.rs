@@ -50,7 +50,9 @@ pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
         prepare_data_dir(&config.data_dir)?;
     }
     let root_secret = local::root_secret(config)?;
-    let papers = Papers::new(&config.issuers, &root_secret, &config.public_origin()).map_err(|error| anyhow!(error))?;
+    let papers = Papers::new(&config.issuers, &root_secret, &config.public_origin())
+        .map_err(|error| anyhow!(error))?
+        .untrusted_events_readonly(config.cache.untrusted_events_readonly);
     let db = connect(config).await?;
     let store = BlockStore::open(&config.storage, &config.data_dir, config.ca_file.as_deref())
         .await

@@ -141,12 +141,12 @@ pub fn public(context: Context) -> UrlMap {
     .route(
         RuntimeToken,
         "/_apis/artifactcache/caches",
-        get(cache_v1::list).post(cache_v1::reserve),
+        get(cache_v1::list).post(cache_v1::reserve).fallback(not_found),
     )
     .route(
         RuntimeToken,
         "/_apis/artifactcache/caches/{id}",
-        patch(cache_v1::upload_chunk).post(cache_v1::commit),
+        patch(cache_v1::upload_chunk).post(cache_v1::commit).fallback(not_found),
     )
     // Bytes, by signed links only.
     .route(SignedLink, "/blob/{kind}/{id}", any(blobs::handle))

@@ -93,6 +93,12 @@ mod tests {
                 values,
                 "https://a.example.com/ https://a.example.com/ x.y.z https://github.com octo/demo 7 2 build"
             );
+            assert_eq!(
+                shell(&format!(
+                    "{lines}\nprintf '%s %s' $ACTIONS_CACHE_URL $ACTIONS_CACHE_SERVICE_V2"
+                )),
+                "https://a.example.com/ True"
+            );
         }
     }
 

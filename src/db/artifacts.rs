@@ -321,15 +321,18 @@ impl Db {
                 .await?
                 .rows_affected();
             if sealed == 1 && shown == 1 {
-                sqlx::query(UNLISTED_TO_GARBAGE)
+                let late = sqlx::query(UNLISTED_TO_GARBAGE)
                     .bind(candidate.blob.0)
                     .bind(now_ms)
                     .execute(&mut *tx)
-                    .await?;
-                sqlx::query(FORGET_UNLISTED)
-                    .bind(candidate.blob.0)
-                    .execute(&mut *tx)
-                    .await?;
+                    .await?
+                    .rows_affected();
+                if late > 0 {
+                    sqlx::query(FORGET_UNLISTED)
+                        .bind(candidate.blob.0)
+                        .execute(&mut *tx)
+                        .await?;
+                }
                 failpoint::reach("finalize_before_commit");
                 Some(())
             } else {

@@ -30,7 +30,7 @@ pub(super) const SEAL: &str = "UPDATE blobs
     SET state = 'sealed', verification = $3, sha256 = $4, changed_at_ms = $5, scrubbed_at_ms = $5
     WHERE id = $1 AND revision = $2 AND state = 'committed'";
 
-/// Blocks that came after the list are nobody's content. Records their objects as garbage: blob, time.
+/// Blocks that came after the list are nobody's content. There rarely are any. Records their objects as garbage: blob, time.
 pub(super) const UNLISTED_TO_GARBAGE: &str = "INSERT INTO garbage (object_key, blob_id, created_at_ms)
     SELECT object_key, blob_id, CAST($2 AS BIGINT) FROM blocks WHERE blob_id = $1 AND start_offset IS NULL
     ON CONFLICT (object_key) DO NOTHING";

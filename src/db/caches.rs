@@ -332,15 +332,18 @@ impl Db {
                 .await?
                 .rows_affected();
             if let (Some(repository), 1) = (repository, sealed) {
-                sqlx::query(UNLISTED_TO_GARBAGE)
+                let late = sqlx::query(UNLISTED_TO_GARBAGE)
                     .bind(candidate.blob.0)
                     .bind(now_ms)
                     .execute(&mut *tx)
-                    .await?;
-                sqlx::query(FORGET_UNLISTED)
-                    .bind(candidate.blob.0)
-                    .execute(&mut *tx)
-                    .await?;
+                    .await?
+                    .rows_affected();
+                if late > 0 {
+                    sqlx::query(FORGET_UNLISTED)
+                        .bind(candidate.blob.0)
+                        .execute(&mut *tx)
+                        .await?;
+                }
                 sqlx::query("UPDATE cache_repositories SET size_bytes = size_bytes + $2 WHERE id = $1")
                     .bind(repository)
                     .bind(size_bytes)
@@ -467,7 +470,7 @@ impl Db {
         let mut entries = self
             .evictables(
                 "SELECT id, state, blob_id, size_bytes, last_used_at_ms FROM cache_entries
-                 WHERE repository_id = $1 AND state <> 'reserved' ORDER BY last_used_at_ms, id LIMIT $2",
+                 WHERE repository_id = $1 AND state <> 'reserved' ORDER BY last_used_at_ms LIMIT $2",
                 cache.repository,
                 limit,
             )
@@ -493,6 +496,9 @@ impl Db {
     /// Takes entries out and leaves their blobs to be deleted, for the reason `tombstone`. Those that were finalized or
     /// used since they were seen stay. Returns how many went.
     pub async fn evict_cache_entries(&self, entries: &[Evictable], tombstone: &str, now_ms: i64) -> Result<u64> {
+        if entries.is_empty() {
+            return Ok(0);
+        }
         let evicted = transaction!(self, durable, |tx| {
             let mut evicted = 0;
             let mut freed = BTreeMap::<i64, i64>::new();

@@ -1,4 +1,5 @@
-//! What `fsck` and the scrub ask of the database, and the one thing that they may change: marking bytes as lost.
+//! What `fsck` and the scrub ask of the database, and what little they may change: marking bytes as lost, and
+//! counting anew.
 //!
 //! Called by `service/fsck.rs` and `service/scrub.rs`.
 
@@ -35,6 +36,14 @@ pub struct Overdue {
     pub uploads: i64,
     pub tombstones: i64,
     pub garbage: i64,
+}
+
+/// A repository whose counted cache size is not the sum of its entries'.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Miscount {
+    pub repository: i64,
+    pub counted_bytes: i64,
+    pub actual_bytes: i64,
 }
 
 type SealedRow = (Uuid, i64, Option<Vec<u8>>);
@@ -123,6 +132,64 @@ impl Db {
             .await?
         });
         Ok(shown.is_some())
+    }
+
+    /// Blobs whose state is not what their artifact or cache entry says, or that have none although they are sealed.
+    pub async fn torn_blobs(&self) -> Result<Vec<BlobId>> {
+        let ids: Vec<Uuid> = on!(self, readers, |conn| {
+            // One statement, so that all of it is seen as of one moment.
+            sqlx::query_scalar(
+                "SELECT b.id FROM blobs b WHERE b.state = 'sealed'
+                     AND NOT EXISTS (SELECT 1 FROM artifacts a WHERE a.blob_id = b.id)
+                     AND NOT EXISTS (SELECT 1 FROM cache_entries e WHERE e.blob_id = b.id)
+                 UNION ALL
+                 SELECT b.id FROM artifacts a JOIN blobs b ON b.id = a.blob_id
+                 WHERE b.state = 'deleting' OR (a.state = 'pending') = (b.state = 'sealed')
+                 UNION ALL
+                 SELECT b.id FROM cache_entries e JOIN blobs b ON b.id = e.blob_id
+                 WHERE b.state = 'deleting' OR (e.state = 'reserved') = (b.state = 'sealed')",
+            )
+            .fetch_all(conn)
+            .await?
+        });
+        Ok(ids.into_iter().map(BlobId).collect())
+    }
+
+    /// Repositories whose counted cache size is wrong.
+    pub async fn miscounted_caches(&self) -> Result<Vec<Miscount>> {
+        let rows: Vec<(i64, i64, i64)> = on!(self, readers, |conn| {
+            sqlx::query_as(
+                "SELECT r.id, r.size_bytes, CAST(coalesce(sum(e.size_bytes), 0) AS BIGINT)
+                 FROM cache_repositories r LEFT JOIN cache_entries e
+                     ON e.repository_id = r.id AND e.state <> 'reserved'
+                 GROUP BY r.id, r.size_bytes HAVING r.size_bytes <> coalesce(sum(e.size_bytes), 0)",
+            )
+            .fetch_all(conn)
+            .await?
+        });
+        let miscount = |(repository, counted_bytes, actual_bytes)| Miscount {
+            repository,
+            counted_bytes,
+            actual_bytes,
+        };
+        Ok(rows.into_iter().map(miscount).collect())
+    }
+
+    /// Counts a repository's cache anew.
+    pub async fn recount_cache(&self, repository: i64) -> Result<()> {
+        transaction!(self, durable, |tx| {
+            // Locked first: the sum must not be from before somebody else's change.
+            for step in [
+                "UPDATE cache_repositories SET size_bytes = size_bytes WHERE id = $1",
+                "UPDATE cache_repositories SET size_bytes = (
+                     SELECT CAST(coalesce(sum(size_bytes), 0) AS BIGINT) FROM cache_entries
+                     WHERE repository_id = $1 AND state <> 'reserved') WHERE id = $1",
+            ] {
+                sqlx::query(step).bind(repository).execute(&mut *tx).await?;
+            }
+            Some(())
+        })?;
+        Ok(())
     }
 
     /// Whose an object is that lies below the prefix of `blob`.

@@ -4,7 +4,6 @@
 
 use std::path::Path;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use secrecy::{ExposeSecret, SecretString};
@@ -14,7 +13,7 @@ use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 
-use super::{Db, Sqlite};
+use super::{Db, Sqlite, sqlite};
 use crate::failpoint;
 
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
@@ -22,9 +21,8 @@ static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
 
 /// How long a request waits for a free connection before it is told to come back later.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
-/// A writer on SQLite queues behind the others, so it may wait longer than one on Postgres.
-pub(super) const SQLITE_TIMEOUT: Duration = Duration::from_secs(30);
-const SQLITE_READERS: u32 = 8;
+/// A connection that was used less than this ago is not asked whether it still is one: that is a trip to the server.
+const KNOWN_GOOD_FOR: Duration = Duration::from_secs(1);
 
 /// The `[database]` section of the configuration.
 #[derive(Clone, Debug, Deserialize)]
@@ -98,6 +96,10 @@ impl Db {
         let pool = PgPoolOptions::new()
             .max_connections(settings.max_connections)
             .acquire_timeout(ACQUIRE_TIMEOUT)
+            .test_before_acquire(false)
+            .before_acquire(|connection, metadata| {
+                Box::pin(async move { Ok(metadata.idle_for < KNOWN_GOOD_FOR || connection.ping().await.is_ok()) })
+            })
             .connect_with(options)
             .await
             .map_err(|error| {
@@ -111,26 +113,12 @@ impl Db {
             .filename(path)
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
-            .busy_timeout(SQLITE_TIMEOUT)
+            .busy_timeout(sqlite::TIMEOUT)
             .foreign_keys(true);
-        let pool = |connections, synchronous| {
-            SqlitePoolOptions::new()
-                .max_connections(connections)
-                .acquire_timeout(SQLITE_TIMEOUT)
-                .idle_timeout(None)
-                .max_lifetime(None)
-                // SQLite itself ends a transaction that the disk has no room for. sqlx does not notice, and on such a
-                // connection no other could ever begin.
-                .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }))
-                .connect_with(options.clone().synchronous(synchronous))
-        };
-        let cannot = |error: sqlx::Error| format!("cannot open {} ({error}); is it writable?", path.display());
-        Ok(Self::Sqlite(Sqlite {
-            durable: pool(1, durable).await.map_err(cannot)?,
-            staging: pool(1, SqliteSynchronous::Normal).await.map_err(cannot)?,
-            readers: pool(SQLITE_READERS, SqliteSynchronous::Normal).await.map_err(cannot)?,
-            turn: Arc::default(),
-        }))
+        Sqlite::open(&options, durable)
+            .await
+            .map(Self::Sqlite)
+            .map_err(|error| format!("cannot open {} ({error}); is it writable?", path.display()))
     }
 
     /// Brings the schema up to date. Any number of replicas may call this at once; on SQLite the caller holds
@@ -146,7 +134,17 @@ impl Db {
                     Err(error) => Err(MigrateError::Execute(error)),
                 }
             }
-            Db::Sqlite(sqlite) => in_steps!(SQLITE, &sqlite.durable),
+            Db::Sqlite(sqlite) => {
+                let options = sqlite.durable_options();
+                match SqlitePoolOptions::new().max_connections(1).connect_with(options).await {
+                    Ok(pool) => {
+                        let outcome = in_steps!(SQLITE, &pool);
+                        pool.close().await;
+                        outcome
+                    }
+                    Err(error) => Err(MigrateError::Execute(error)),
+                }
+            }
         };
         outcome.map_err(|error| match error {
             MigrateError::VersionMissing(version) => format!(

@@ -11,79 +11,46 @@ mod checking;
 mod cleaning;
 mod connect;
 mod files;
+mod sqlite;
 
 pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
 pub use blobs::{Committed, ListEntry, ListSource, ReadableBlob, StagedBlock, Verification, WritableBlob};
 pub use caches::{
     CacheCandidate, Evictable, FoundCacheEntry, LargeCache, NewCacheEntry, Reservation, Reserved, WantedKeys,
 };
-pub use checking::{Overdue, SealedBlob, Standing};
+pub use checking::{Miscount, Overdue, SealedBlob, Standing};
 pub use connect::Settings;
 pub use files::{BrokenFile, ChunkSums, Container, Encoding, File, FileChunk, NewChunk, Publication, Staged};
+pub use sqlite::{Lent, Sqlite};
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
+use sqlx::PgPool;
 use sqlx::postgres::PgDatabaseError;
-use sqlx::{PgPool, SqlitePool};
-use tokio::sync::{Mutex, MutexGuard};
-use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 
-/// The database. Cloning shares the pools.
+/// The database. Cloning shares the connections.
 #[derive(Clone, Debug)]
 pub enum Db {
     Postgres(PgPool),
     Sqlite(Sqlite),
 }
 
-/// SQLite has one writer at a time. Writers wait for their turn in a fair queue: SQLite itself would let them poll the
-/// file's lock, asleep between two looks.
-#[derive(Clone, Debug)]
-pub struct Sqlite {
-    pub readers: SqlitePool,
-    /// `synchronous=FULL`: what it commits survives a power cut, and so does all that was committed before.
-    pub durable: SqlitePool,
-    /// `synchronous=NORMAL`: what it commits survives the process. Block rows go here, and what the cleaner repeats.
-    pub staging: SqlitePool,
-    turn: Arc<Mutex<()>>,
-}
-
-/// A pool to use, and what to hold meanwhile.
-type Turn<'a, T> = std::result::Result<(T, &'a SqlitePool), sqlx::Error>;
-
-impl Sqlite {
-    async fn readers(&self) -> Turn<'_, ()> {
-        Ok(((), &self.readers))
-    }
-
-    async fn durable(&self) -> Turn<'_, MutexGuard<'_, ()>> {
-        Ok((self.turn().await?, &self.durable))
-    }
-
-    async fn staging(&self) -> Turn<'_, MutexGuard<'_, ()>> {
-        Ok((self.turn().await?, &self.staging))
-    }
-
-    async fn turn(&self) -> std::result::Result<MutexGuard<'_, ()>, sqlx::Error> {
-        timeout(connect::SQLITE_TIMEOUT, self.turn.lock())
-            .await
-            .map_err(|_| sqlx::Error::PoolTimedOut)
-    }
-}
-
 /// Runs one expression on whichever database this is, with `$conn` bound to something that executes queries.
-/// `$pool` names the SQLite pool to use: `readers`, `durable` or `staging`.
+/// `$lane` names the SQLite connection to use: `readers`, `durable` or `staging`.
 macro_rules! on {
-    ($db:expr, $pool:ident, |$conn:ident| $body:expr) => {
+    ($db:expr, $lane:ident, |$conn:ident| $body:expr) => {
         match $db {
             $crate::db::Db::Postgres($conn) => $body,
             $crate::db::Db::Sqlite(sqlite) => {
-                let (_turn, $conn) = sqlite.$pool().await?;
-                $body
+                let mut lent = sqlite.$lane().await?;
+                let $conn = lent.connection()?;
+                let value = $body;
+                lent.done();
+                value
             }
         }
     };
@@ -93,7 +60,7 @@ macro_rules! on {
 /// after the commit, and `None` from it rolls back too. What the database takes back because of others is run again,
 /// so the block leaves nothing behind in variables that it does not set anew.
 macro_rules! transaction {
-    ($db:expr, $pool:ident, |$tx:ident| $body:block) => {{
+    ($db:expr, $lane:ident, |$tx:ident| $body:block) => {{
         let mut attempts_left = $crate::db::ATTEMPTS;
         loop {
             attempts_left -= 1;
@@ -108,11 +75,12 @@ macro_rules! transaction {
                 }
                 $crate::db::Db::Sqlite(sqlite) => {
                     async {
-                        // One that begins by reading could find the write lock taken and could not wait for it.
-                        let (_turn, pool) = sqlite.$pool().await?;
-                        let mut $tx = pool.begin_with("BEGIN IMMEDIATE").await?;
+                        let mut lent = sqlite.$lane().await?;
+                        let mut $tx = lent.begin().await?;
                         let value = $body;
-                        $crate::db::end($tx, value).await
+                        let value = $crate::db::end($tx, value).await?;
+                        lent.done();
+                        Ok(value)
                     }
                     .await
                 }
@@ -282,11 +250,7 @@ impl Db {
     pub async fn close(&self) {
         match self {
             Db::Postgres(pool) => pool.close().await,
-            Db::Sqlite(sqlite) => {
-                sqlite.staging.close().await;
-                sqlite.durable.close().await;
-                sqlite.readers.close().await;
-            }
+            Db::Sqlite(sqlite) => sqlite.close().await,
         }
     }
 }

@@ -196,7 +196,6 @@ impl Pass<'_> {
             if evicted == 0 {
                 break;
             }
-            failpoint::reach("clean_evicted");
             give_way(begun).await;
         }
         if settings.max_bytes_per_repository == 0 {
@@ -215,6 +214,7 @@ impl Pass<'_> {
                 let begun = Instant::now();
                 let unused = parts.db.least_used_cache_entries(cache, self.batch()).await?;
                 evicted += parts.db.evict_cache_entries(&unused, "evicted", now_ms).await?;
+                failpoint::reach("clean_evicted");
                 give_way(begun).await;
             }
             self.report.evicted_cache_entries += evicted;

@@ -1,7 +1,7 @@
 //! Whether database and store agree: the invariants behind what was promised, checked while the server runs.
 //!
 //! `wharfinger fsck` calls it. Repairs only what is provable: deletes objects that nobody knows and that are older than
-//! any request, and marks artifacts whose bytes are gone as lost. It never deletes what a row names.
+//! any request, marks artifacts and cache entries whose bytes are gone as lost, and counts caches anew. It never deletes what a row names.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -9,7 +9,7 @@ use futures_util::StreamExt;
 use serde::Serialize;
 
 use super::{Services, millis};
-use crate::db::{SealedBlob, Standing};
+use crate::db::{Miscount, SealedBlob, Standing};
 use crate::error::{Error, Result};
 use crate::model::{BlobId, ObjectKey};
 use crate::storage::{self, Listed};
@@ -27,8 +27,12 @@ pub struct Options {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
-    /// An artifact's bytes are missing or changed. Repaired by marking it lost.
+    /// An artifact's or a cache entry's bytes are missing or changed. Repaired by marking it lost.
     Lost,
+    /// The rows of a blob and of its artifact or cache entry say different things. Not repaired.
+    Torn,
+    /// A repository's cache has another size than was counted. Repaired by counting anew.
+    Miscounted,
     /// An object that nobody knows. Repaired by deleting it.
     Orphan,
     /// A file of an artifact of version 3 does not have all its chunks.
@@ -72,6 +76,7 @@ impl Services {
             tell,
             summary: Summary::default(),
         };
+        check.rows().await?;
         check.blobs().await?;
         check.files().await?;
         check.objects().await?;
@@ -150,6 +155,32 @@ impl Check<'_> {
             detail,
             repaired,
         });
+    }
+
+    /// Rows that belong together agree.
+    async fn rows(&mut self) -> Result<()> {
+        for blob in self.services.db.torn_blobs().await? {
+            let detail = "its row and that of its artifact or cache entry do not agree".to_owned();
+            self.problem(Kind::Torn, format!("blob {blob}"), detail, false);
+        }
+        for miscount in self.services.db.miscounted_caches().await? {
+            let Miscount {
+                repository,
+                counted_bytes,
+                actual_bytes,
+            } = miscount;
+            if self.options.repair {
+                self.services.db.recount_cache(repository).await?;
+            }
+            let detail = format!("its entries have {actual_bytes} bytes and not {counted_bytes} as counted");
+            self.problem(
+                Kind::Miscounted,
+                format!("cache of repository {repository}"),
+                detail,
+                self.options.repair,
+            );
+        }
+        Ok(())
     }
 
     /// Every finalized blob can be read whole.

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use serde::Deserialize;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::clock::Clock;
 use crate::db::Db;
@@ -54,6 +54,8 @@ pub struct Parts {
     memory: memory::Memory,
     /// What the last look at the database's clock found.
     clock_was_off: AtomicBool,
+    /// Places to hash at. More at once than there are cores only hold more memory.
+    hashing: Semaphore,
     /// Wakes the verifier when there is something to verify, so that it need not poll often.
     verify: Notify,
 }
@@ -68,6 +70,7 @@ impl Services {
             memory: memory::Memory::new(&settings.memory),
             settings,
             clock_was_off: AtomicBool::new(false),
+            hashing: Semaphore::new(verification::hashes_at_once()),
             verify: Notify::new(),
         }))
     }

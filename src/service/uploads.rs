@@ -111,12 +111,10 @@ impl Services {
     pub async fn commit_block_list(&self, blob: BlobId, list: &[ListEntry], content_type: Option<&str>) -> Result<()> {
         failpoint::reach("list_parsed");
         for _ in 0..LIST_TRIES {
-            let durable = match self.db.writable_blob(blob).await? {
-                // The database compares the list with the content and answers.
-                Some(WritableBlob::Sealed | WritableBlob::Superseded) | None => Vec::new(),
-                Some(WritableBlob::Open(kind)) => {
-                    let blocks = self.db.listed_blocks(blob, list).await?;
-                    self.check_size(kind, blocks.iter().map(|row| row.block.size_bytes).sum())?;
+            let durable = match self.db.listed_blocks(blob, list).await {
+                Ok(blocks) => {
+                    self.check_list_size(blob, blocks.iter().map(|row| row.block.size_bytes).sum())
+                        .await?;
                     let objects: Vec<_> = blocks
                         .iter()
                         .map(|row| (row.block.object_key.clone(), row.block.size_bytes))
@@ -128,6 +126,12 @@ impl Services {
                         Err(error) => return Err(error),
                     }
                 }
+                Err(error @ Error::UnknownBlock(_)) => match self.db.writable_blob(blob).await? {
+                    Some(WritableBlob::Open(_)) => return Err(error),
+                    // The database compares the list with the content and answers.
+                    Some(WritableBlob::Sealed | WritableBlob::Superseded) | None => Vec::new(),
+                },
+                Err(error) => return Err(error),
             };
             failpoint::reach("list_durable");
             let now_ms = self.clock.now_ms();
@@ -234,6 +238,19 @@ impl Services {
         match kind {
             BlobKind::Artifact => Some(self.settings.artifacts.max_size_bytes).filter(|limit| *limit > 0),
             BlobKind::Cache => self.max_cache_bytes(),
+        }
+    }
+
+    /// As [`Services::check_size`], for a blob whose kind is asked for only where it matters.
+    async fn check_list_size(&self, blob: BlobId, size_bytes: u64) -> Result<()> {
+        let limits = [BlobKind::Artifact, BlobKind::Cache].map(|kind| self.max_bytes(kind));
+        if limits.into_iter().flatten().all(|limit| size_bytes <= limit) {
+            return Ok(());
+        }
+        match self.db.writable_blob(blob).await? {
+            Some(WritableBlob::Open(kind)) => self.check_size(kind, size_bytes),
+            // The database answers.
+            _ => Ok(()),
         }
     }
 

@@ -37,8 +37,21 @@ pub(super) struct Claim {
     renew_at_ms: i64,
 }
 
-/// Feeds a chunk to a hash, away from the threads that serve requests.
+/// Hashing so little takes less than the trip to another thread.
+const HASHED_IN_PLACE_BYTES: usize = 64 * 1024;
+/// Blobs that are hashed at once on a machine of few cores; on others one for each.
+const LEAST_HASHES_AT_ONCE: usize = 4;
+
+pub(super) fn hashes_at_once() -> usize {
+    std::thread::available_parallelism().map_or(LEAST_HASHES_AT_ONCE, |cores| cores.get().max(LEAST_HASHES_AT_ONCE))
+}
+
+/// Feeds a chunk to a hash, a large one away from the threads that serve requests.
 pub(super) async fn hash(mut hasher: sha2::Sha256, chunk: Bytes) -> Result<sha2::Sha256> {
+    if chunk.len() <= HASHED_IN_PLACE_BYTES {
+        hasher.update(&chunk);
+        return Ok(hasher);
+    }
     tokio::task::spawn_blocking(move || {
         hasher.update(&chunk);
         hasher
@@ -56,6 +69,11 @@ impl Services {
         size_bytes: u64,
         mut claim: Option<Claim>,
     ) -> Result<Option<Sha256>> {
+        let _place = self
+            .hashing
+            .acquire()
+            .await
+            .map_err(|_| Error::Busy("the server stops".to_owned()))?;
         let blocks = self.db.content_blocks(blob, 0, size_bytes).await?;
         let mut bytes = self.store.read(storage::window(blocks, 0..size_bytes)?).await?;
         let mut hasher = sha2::Sha256::new();

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::model::{BlobId, ObjectKey};
 
 /// Enough for one trip to a blocking thread; more only costs memory.
-const WRITE_BATCH_BYTES: usize = 256 * 1024;
+const WRITE_BATCH_BYTES: usize = 128 * 1024;
 /// What the kernel takes in one vectored write, and the bound on what a body of tiny frames can pile up.
 const WRITE_BATCH_FRAMES: usize = 1024;
 /// 64 KiB measured twice the CPU time.

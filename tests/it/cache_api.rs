@@ -1,10 +1,20 @@
 //! The cache by hand-made requests: version 2 in JSON and protobuf, version 1, who may read and write what, and what the
 //! cleaner takes away.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
 use prost::Message;
 use serde_json::{Value, json};
+use uuid::Uuid;
+use wharfinger::db::{NewCacheEntry, Reservation, Reserved};
+use wharfinger::model::{CacheScope, Principal, RunKey};
+use wharfinger::service::cleaner::Report;
+use wharfinger::service::fsck::{self, Kind};
 
 use crate::common::{Backend, TestServer, block_link, block_list, issuer};
 
@@ -20,7 +30,7 @@ pub struct CacheJob<'a> {
 
 /// A token of the issuer `forge` for a job of run `run` of `octo/demo` with the claim `ac`; `more` claims over it.
 fn token(server: &TestServer, run: &str, scopes: &[(&str, u8)], more: Value) -> String {
-    let now_ms = server.clock.load(std::sync::atomic::Ordering::Relaxed);
+    let now_ms = server.clock.load(Ordering::Relaxed);
     let mut claims = issuer::claims("forge", "octo/demo", run, "build", now_ms);
     let ac: Vec<_> = scopes
         .iter()
@@ -214,6 +224,17 @@ on_both! {
     protobuf_is_as_good_as_json,
     a_key_is_reserved_once,
     keys_match_as_documented,
+    look_ups_agree_with_a_plain_model,
+    scopes_and_repositories_are_apart,
+    denials_are_in_the_clients_words,
+    what_is_no_key_is_refused,
+    only_its_run_finalizes_a_reservation,
+    sizes_have_limits,
+    the_least_recently_used_goes_first,
+    what_nobody_uses_goes,
+    reservations_that_nobody_finishes_go,
+    an_evicted_entry_is_read_to_its_end,
+    a_lost_entry_makes_room,
 }
 
 async fn an_entry_is_saved_and_restored(backend: Backend) {
@@ -557,5 +578,548 @@ async fn keys_match_as_documented(backend: Backend) {
     assert_eq!(job.matched("x_", &["x_"]).await.as_deref(), Some("x_1"));
     let many = json!({ "key": "k", "version": VERSION, "restore_keys": vec!["k"; 11] });
     assert_eq!(job.call("GetCacheEntryDownloadURL", many).await.0, 400);
+    server.stop().await;
+}
+
+/// Finalized entries as a list, and what the documents say of looking them up.
+#[derive(Default)]
+struct Model(Vec<Entry>);
+
+struct Entry {
+    scope: String,
+    version: &'static str,
+    key: String,
+    /// When it was finalized, and its id.
+    age: (i64, i64),
+}
+
+impl Model {
+    fn look_up(&self, scopes: &[&str], key: &str, restore_keys: &[String], version: &str) -> Option<(String, String)> {
+        let newest = |scope: &str, fits: &dyn Fn(&str) -> bool| {
+            let fitting = self
+                .0
+                .iter()
+                .filter(|entry| entry.scope == scope && entry.version == version && fits(&entry.key));
+            fitting
+                .max_by_key(|entry| entry.age)
+                .map(|entry| (entry.scope.clone(), entry.key.clone()))
+        };
+        scopes.iter().find_map(|scope| {
+            newest(scope, &|there| there == key)
+                .or_else(|| newest(scope, &|there| there.starts_with(key)))
+                .or_else(|| {
+                    restore_keys
+                        .iter()
+                        .find_map(|prefix| newest(scope, &|there| there.starts_with(prefix.as_str())))
+                })
+        })
+    }
+}
+
+async fn look_ups_agree_with_a_plain_model(backend: Backend) {
+    const SCOPES: [&str; 3] = ["refs/heads/a", "refs/heads/A", ""];
+    const VERSIONS: [&str; 2] = ["1", "%"];
+    let server = start(backend).await;
+    let services = &server.app.services;
+    let principal = |scopes: &[&str]| Principal {
+        run: RunKey {
+            issuer: "forge".to_owned(),
+            repository: "name:octo/demo".to_owned(),
+            run_backend_id: "1".to_owned(),
+        },
+        repository_name: None,
+        run_id: None,
+        run_attempt: 1,
+        job_backend_id: "build".to_owned(),
+        cache_scopes: scopes
+            .iter()
+            .map(|scope| CacheScope {
+                scope: (*scope).to_owned(),
+                read: true,
+                write: true,
+            })
+            .collect(),
+        expires_at_ms: i64::MAX,
+    };
+    // Few and nasty characters, so that many keys begin alike.
+    let key = || "[aAb%_\\\\é🚢\u{10ffff}\u{d7ff}\u{e000} ]{0,3}[aA%_]";
+    let mut runner = TestRunner::deterministic();
+    let mut any = |strategy: BoxedStrategy<(usize, usize, String, Vec<String>)>| {
+        strategy.new_tree(&mut runner).unwrap().current()
+    };
+    let choice = || {
+        (
+            0..SCOPES.len(),
+            0..VERSIONS.len(),
+            key(),
+            prop::collection::vec(key(), 0..4),
+        )
+            .boxed()
+    };
+    let mut model = Model::default();
+    for n in 0..120 {
+        let (scope, version, key, _) = any(choice());
+        let writer = principal(&SCOPES[scope..=scope]);
+        let now_ms = server.clock.load(Ordering::Relaxed);
+        let new = NewCacheEntry {
+            principal: &writer,
+            scope: SCOPES[scope],
+            key: &key,
+            version: VERSIONS[version],
+            now_ms,
+            dead_since_ms: 0,
+        };
+        let Reserved::Upload(id, blob) = services.db.reserve_cache_entry(&new).await.unwrap() else {
+            continue;
+        };
+        // Some are never finished.
+        if n % 7 > 0 {
+            services.db.commit_whole(blob, None, None, now_ms).await.unwrap();
+            let candidate = services
+                .db
+                .cache_candidate(&writer, SCOPES[scope], Reservation::Id(id))
+                .await;
+            let candidate = candidate.unwrap().unwrap();
+            assert!(services.db.finalize_cache_entry(&candidate, now_ms).await.unwrap());
+            model.0.push(Entry {
+                scope: SCOPES[scope].to_owned(),
+                version: VERSIONS[version],
+                key,
+                age: (now_ms, id.0),
+            });
+        }
+        if n % 3 == 0 {
+            server.advance(Duration::from_millis(1));
+        }
+    }
+    assert!(model.0.len() > 40);
+    let mut hits = 0;
+    for _ in 0..300 {
+        let (first, version, key, restore_keys) = any(choice());
+        let mut scopes = SCOPES;
+        scopes.rotate_left(first);
+        let scopes = &scopes[..1 + first];
+        let prefixes: Vec<&str> = restore_keys.iter().map(String::as_str).collect();
+        let found = services
+            .look_up_cache(&principal(scopes), &key, &prefixes, VERSIONS[version])
+            .await
+            .unwrap()
+            .map(|hit| (hit.scope, hit.key));
+        hits += usize::from(found.is_some());
+        let expected = model.look_up(scopes, &key, &restore_keys, VERSIONS[version]);
+        assert_eq!(found, expected, "{key:?} {restore_keys:?} in {scopes:?}");
+    }
+    assert!((50..300).contains(&hits), "{hits}");
+    server.stop().await;
+}
+
+async fn scopes_and_repositories_are_apart(backend: Backend) {
+    let server = start(backend).await;
+    let main = job(&server, &[(MAIN, 3)]);
+    main.save("k", b"main").await;
+    let pull = job(&server, &[("refs/pull/7/merge", 3), (MAIN, 1)]);
+    // It reads the default branch's, and what it saves under the same key stays its own.
+    assert_eq!(pull.restore("k").await.unwrap(), b"main");
+    pull.save("k", b"pull").await;
+    assert_eq!(pull.restore("k").await.unwrap(), b"pull");
+    assert_eq!(main.restore("k").await.unwrap(), b"main");
+    for scope in [
+        "refs/heads/other",
+        "refs/heads/main/child",
+        "refs/heads/mai",
+        "refs/tags/v1",
+        "refs/pull/8/merge",
+        "refs/heads/MAIN",
+        "",
+    ] {
+        let other = job(&server, &[(scope, 3)]);
+        assert_eq!(other.look_up("k", &["k"]).await, None, "{scope}");
+    }
+    // Whatever a body says of scopes and repositories.
+    let stranger = job(&server, &[("refs/heads/stranger", 3)]);
+    let fields = json!({
+        "metadata": { "repository_id": "1", "scope": [{ "scope": MAIN, "permission": "3" }] },
+        "key": "k", "version": VERSION,
+    });
+    assert_eq!(
+        stranger.call("GetCacheEntryDownloadURL", fields.clone()).await,
+        (200, json!({ "ok": false }))
+    );
+    assert_eq!(stranger.call("CreateCacheEntry", fields).await.0, 200);
+    assert_eq!(main.restore("k").await.unwrap(), b"main");
+    // Another repository, the same one by number, another issuer.
+    for more in [
+        json!({ "repository": "octo/other" }),
+        json!({ "repository_id": 7 }),
+        json!({ "repository": "Octo/Demo", "repository_id": "8" }),
+    ] {
+        let other = CacheJob {
+            server: &server,
+            token: token(&server, "1", &[(MAIN, 3)], more.clone()),
+        };
+        assert_eq!(other.look_up("k", &["k"]).await, None, "{more}");
+    }
+    let minted = CacheJob {
+        server: &server,
+        token: server.token("octo/demo", "1", "build"),
+    };
+    assert_eq!(minted.look_up("k", &["k"]).await, None);
+    minted.save("k", b"minted").await;
+    // The name is the same in any case.
+    let shouting = CacheJob {
+        server: &server,
+        token: token(&server, "9", &[(MAIN, 3)], json!({ "repository": "OCTO/Demo" })),
+    };
+    assert_eq!(shouting.restore("k").await.unwrap(), b"main");
+    // A link is good for one thing.
+    let (_, link) = main.look_up("k", &[]).await.unwrap();
+    assert_eq!(main.put(&link, *b"x").await, 403);
+    assert_eq!(main.put(&link.replace("sp=r", "sp=w"), *b"x").await, 403);
+    let as_artifact = link.replace("/blob/cache/", "/blob/art/");
+    assert_eq!(server.http.get(as_artifact).send().await.unwrap().status(), 403);
+    server.stop().await;
+}
+
+async fn denials_are_in_the_clients_words(backend: Backend) {
+    let server = start(backend).await;
+    let asked = json!({ "key": "k", "version": VERSION });
+    let denied = async |job: &CacheJob<'_>, method: &str| job.call(method, asked.clone()).await;
+    let reader = job(&server, &[(MAIN, 1)]);
+    let no_write = (
+        200,
+        json!({ "ok": false, "message": "cache write denied: token has no writable scopes" }),
+    );
+    assert_eq!(denied(&reader, "CreateCacheEntry").await, no_write);
+    assert_eq!(denied(&reader, "FinalizeCacheEntryUpload").await, no_write);
+    assert_eq!(
+        denied(&reader, "GetCacheEntryDownloadURL").await,
+        (200, json!({ "ok": false }))
+    );
+    let (status, reply) = reader.v1("POST", "caches", Some(asked.clone())).await;
+    assert_eq!(status, 403);
+    assert!(
+        reply["message"].as_str().unwrap().starts_with("cache write denied:"),
+        "{reply}"
+    );
+
+    let writer = job(&server, &[(MAIN, 2)]);
+    assert_eq!(denied(&writer, "CreateCacheEntry").await.0, 200);
+    let (status, reply) = denied(&writer, "GetCacheEntryDownloadURL").await;
+    assert_eq!((status, &reply["code"]), (403, &json!("permission_denied")));
+    assert!(reply["msg"].as_str().unwrap().contains("cache read denied:"), "{reply}");
+    assert_eq!(
+        writer
+            .v1("GET", &format!("cache?keys=k&version={VERSION}"), None)
+            .await
+            .0,
+        403
+    );
+
+    for nowhere in [
+        token(&server, "1", &[], json!({})),
+        token(&server, "1", &[(MAIN, 3)], json!({ "repository": null })).replace("null", ""),
+    ] {
+        let job = CacheJob {
+            server: &server,
+            token: nowhere,
+        };
+        let (status, _) = denied(&job, "GetCacheEntryDownloadURL").await;
+        assert!(matches!(status, 401 | 403), "{status}");
+    }
+    // Events of outsiders read, and write only where nobody else reads.
+    let outsider = |scopes: &[(&str, u8)], event: &str| CacheJob {
+        server: &server,
+        token: token(&server, "1", scopes, json!({ "event_name": event })),
+    };
+    let comment = outsider(&[(MAIN, 3)], "issue_comment");
+    assert_eq!(denied(&comment, "CreateCacheEntry").await, no_write);
+    let pull = outsider(&[(MAIN, 3), ("refs/pull/7/merge", 3)], "pull_request");
+    pull.save("pull", b"x").await;
+    assert_eq!(job(&server, &[(MAIN, 3)]).look_up("pull", &[]).await, None);
+    assert_eq!(
+        outsider(&[(MAIN, 3)], "push").save("pushed", b"x").await.is_empty(),
+        false
+    );
+    server.stop().await;
+}
+
+async fn what_is_no_key_is_refused(backend: Backend) {
+    let server = start(backend).await;
+    let job = job(&server, &[(MAIN, 3)]);
+    let long = "x".repeat(513);
+    for key in ["", "   ", "a,b", "a\0", "a\n", &long] {
+        let fields = json!({ "key": key, "version": VERSION, "size_bytes": 1 });
+        for method in [
+            "CreateCacheEntry",
+            "FinalizeCacheEntryUpload",
+            "GetCacheEntryDownloadURL",
+        ] {
+            let (status, reply) = job.call(method, fields.clone()).await;
+            assert_eq!(
+                (status, &reply["code"]),
+                (400, &json!("invalid_argument")),
+                "{method} {key:?}"
+            );
+        }
+    }
+    let many = vec!["k"; 11].join(",");
+    for (keys, version) in [
+        ("", VERSION),
+        (many.as_str(), VERSION),
+        (&"k".repeat(5000), VERSION),
+        ("k", ""),
+    ] {
+        let (status, reply) = job
+            .v1("GET", &format!("cache?keys={keys}&version={version}"), None)
+            .await;
+        assert_eq!(status, 400, "{keys}");
+        assert!(reply["message"].is_string(), "{reply}");
+    }
+    assert_eq!(job.v1("GET", "cache?keys=k", None).await.0, 400);
+    assert_eq!(job.v1("POST", "caches", Some(json!({ "key": "k" }))).await.0, 400);
+    // As long as keys, scopes and versions may be, and hard to compress.
+    let noise = |n: u32| -> String {
+        let mut state = n;
+        std::iter::repeat_with(|| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            char::from_u32(0x1_0000 + (state >> 8) % 0x1_0000).unwrap()
+        })
+        .take(512)
+        .collect()
+    };
+    let scope = format!("refs/heads/{}", "é".repeat(186));
+    let far = self::job(&server, &[(&scope, 3)]);
+    for n in 0..3 {
+        far.save(&noise(n), b"x").await;
+        assert_eq!(far.restore(&noise(n)).await.unwrap(), b"x");
+    }
+    let too_far = self::job(&server, &[(&"x".repeat(400), 3)]);
+    let (status, reply) = too_far
+        .call("CreateCacheEntry", json!({ "key": "k", "version": VERSION }))
+        .await;
+    assert_eq!((status, &reply["ok"]), (200, &json!(false)));
+    assert_eq!(too_far.look_up("k", &[]).await, None);
+    server.stop().await;
+}
+
+async fn only_its_run_finalizes_a_reservation(backend: Backend) {
+    let server = start(backend).await;
+    let job = job(&server, &[(MAIN, 3)]);
+    let link = job.create("k").await;
+    assert_eq!(job.put(&link, *b"bytes").await, 201);
+    for (run, scope) in [("2", MAIN), ("1", "refs/heads/other")] {
+        let other = CacheJob {
+            server: &server,
+            token: token(&server, run, &[(scope, 3), (MAIN, 3)], json!({})),
+        };
+        let (status, reply) = other.finalize("k", 5).await;
+        assert_eq!((status, &reply["code"]), (404, &json!("not_found")), "{run} {scope}");
+    }
+    let other = json!({ "key": "k", "version": "2", "size_bytes": 5 });
+    assert_eq!(job.call("FinalizeCacheEntryUpload", other).await.0, 404);
+    assert_eq!(job.finalize("l", 5).await.0, 404);
+    // A number is as good as a string.
+    let number = json!({ "key": "k", "version": VERSION, "size_bytes": 5 });
+    assert_eq!(job.call("FinalizeCacheEntryUpload", number).await.0, 200);
+    server.stop().await;
+}
+
+async fn sizes_have_limits(backend: Backend) {
+    let server = TestServer::start_with(backend, |config| {
+        issuer::add(config, "forge", None);
+        config.cache.max_entry_bytes = 10;
+    })
+    .await;
+    let job = job(&server, &[(MAIN, 3)]);
+    let link = job.create("k").await;
+    assert_eq!(job.put(&link, *b"elevenbytes").await, 413);
+    assert_eq!(job.put(&block_link(&link, "QUFB"), *b"six.by").await, 201);
+    assert_eq!(job.put(&block_link(&link, "QkJC"), *b"five.").await, 413);
+    assert_eq!(job.put(&link, *b"ten.bytes.").await, 201);
+    let (status, reply) = job.finalize("k", 11).await;
+    assert_eq!((status, &reply["code"]), (403, &json!("resource_exhausted")));
+    for size in [json!(-1), json!("9223372036854775808"), json!("x")] {
+        let fields = json!({ "key": "k", "version": VERSION, "size_bytes": size });
+        assert_eq!(job.call("FinalizeCacheEntryUpload", fields).await.0, 400, "{size}");
+    }
+    assert_eq!(job.finalize("k", 10).await.0, 200);
+    // Version 1 says what it wants, and the client shows why it does not get it.
+    let (status, reply) = job
+        .v1(
+            "POST",
+            "caches",
+            Some(json!({ "key": "l", "version": VERSION, "cacheSize": 11 })),
+        )
+        .await;
+    assert_eq!(status, 400);
+    assert!(reply["message"].as_str().unwrap().contains("10 bytes"), "{reply}");
+    let id = job.v1_reserve("l").await;
+    assert_eq!(job.v1_chunk(id, "bytes 8-10/*", b"abc").await.0, 400);
+    assert_eq!(job.v1_commit(id, 11).await.0, 400);
+    // An artifact has limits of its own.
+    assert_eq!(
+        server
+            .job_of("octo/demo", "1", "build")
+            .upload("a", &[0; 20])
+            .await
+            .is_empty(),
+        false
+    );
+    server.stop().await;
+}
+
+impl TestServer {
+    /// One pass of the cleaner.
+    async fn clean(&self) -> Report {
+        self.app.services.clean().await.unwrap().expect("nobody else cleans")
+    }
+
+    /// What `fsck` finds.
+    async fn problems(&self) -> Vec<Kind> {
+        let mut found = Vec::new();
+        self.app
+            .services
+            .fsck(
+                fsck::Options {
+                    deep: true,
+                    repair: false,
+                },
+                &mut |problem| found.push(problem.kind),
+            )
+            .await
+            .unwrap();
+        found
+    }
+}
+
+async fn the_least_recently_used_goes_first(backend: Backend) {
+    let server = TestServer::start_with(backend, |config| {
+        issuer::add(config, "forge", None);
+        config.cache.max_bytes_per_repository = 100;
+        config.cleaner.batch = 2;
+    })
+    .await;
+    let job = job(&server, &[(MAIN, 3)]);
+    for key in ["a", "b", "c", "d", "e"] {
+        job.save(key, &[0; 25]).await;
+        server.advance(Duration::from_secs(1));
+    }
+    let other = CacheJob {
+        server: &server,
+        token: token(&server, "1", &[(MAIN, 3)], json!({ "repository": "octo/other" })),
+    };
+    other.save("a", &[0; 100]).await;
+    // What was looked up a while later is used more recently than all others.
+    server.advance(Duration::from_secs(400));
+    assert!(job.look_up("a", &[]).await.is_some());
+    let report = server.clean().await;
+    assert_eq!((report.evicted_cache_entries, report.abandoned_uploads), (1, 0));
+    assert_eq!(job.look_up("b", &[]).await, None);
+    for key in ["a", "c", "d", "e"] {
+        assert!(job.look_up(key, &[]).await.is_some(), "{key}");
+    }
+    assert!(other.look_up("a", &[]).await.is_some());
+    // Many at once, in steps.
+    server.advance(Duration::from_secs(400));
+    job.save("large", &[0; 100]).await;
+    assert_eq!(server.clean().await.evicted_cache_entries, 4);
+    assert_eq!(job.restore("large").await.unwrap(), [0; 100]);
+    assert_eq!(server.clean().await, Report::default());
+    // What went can be saved again.
+    job.save("b", b"again").await;
+    assert_eq!(server.clean().await.evicted_cache_entries, 1);
+    assert_eq!(job.restore("b").await.unwrap(), b"again");
+    assert_eq!(server.problems().await, []);
+    server.stop().await;
+}
+
+async fn what_nobody_uses_goes(backend: Backend) {
+    let server = start(backend).await;
+    job(&server, &[(MAIN, 3)]).save("idle", b"x").await;
+    job(&server, &[(MAIN, 3)]).save("used", b"x").await;
+    server.advance(6 * 24 * HOUR);
+    assert!(job(&server, &[(MAIN, 3)]).look_up("used", &[]).await.is_some());
+    assert_eq!(server.clean().await.evicted_cache_entries, 0);
+    server.advance(24 * HOUR);
+    assert_eq!(server.clean().await.evicted_cache_entries, 1);
+    let job = job(&server, &[(MAIN, 3)]);
+    assert_eq!(job.look_up("idle", &[]).await, None);
+    assert!(job.look_up("used", &[]).await.is_some());
+    // With the grace time the bytes go too, and then every trace.
+    server.advance(12 * HOUR);
+    let report = server.clean().await;
+    assert_eq!((report.deleted_objects, report.dropped_blobs), (1, 1));
+    assert_eq!(server.problems().await, []);
+    server.stop().await;
+}
+
+async fn reservations_that_nobody_finishes_go(backend: Backend) {
+    let server = start(backend).await;
+    let job = job(&server, &[(MAIN, 3)]);
+    let link = job.create("k").await;
+    assert_eq!(job.put(&link, *b"bytes").await, 201);
+    server.advance(2 * HOUR - Duration::from_millis(1));
+    assert_eq!(server.clean().await.abandoned_uploads, 0);
+    assert_eq!(
+        job.call("CreateCacheEntry", json!({ "key": "k", "version": VERSION }))
+            .await
+            .0,
+        409
+    );
+    server.advance(Duration::from_millis(1));
+    assert_eq!(server.clean().await.abandoned_uploads, 1);
+    assert_eq!(job.finalize("k", 5).await.0, 404);
+    job.save("k", b"again").await;
+    server.advance(12 * HOUR);
+    assert_eq!(server.clean().await.deleted_objects, 1);
+    assert_eq!(server.problems().await, []);
+    server.stop().await;
+}
+
+async fn an_evicted_entry_is_read_to_its_end(backend: Backend) {
+    const SIZE: usize = 20 << 20;
+    let server = TestServer::start_with(backend, |config| {
+        issuer::add(config, "forge", None);
+        config.cache.max_bytes_per_repository = SIZE as u64;
+    })
+    .await;
+    let job = job(&server, &[(MAIN, 3)]);
+    let bytes: Vec<u8> = (0..SIZE).map(|i| (i >> 9) as u8).collect();
+    job.save("old", &bytes).await;
+    let (_, link) = job.look_up("old", &[]).await.unwrap();
+    let mut download = server.http.get(&link).send().await.unwrap().bytes_stream();
+    let mut read = download.next().await.unwrap().unwrap().to_vec();
+    server.advance(Duration::from_secs(1));
+    job.save("new", b"new").await;
+    assert_eq!(server.clean().await.evicted_cache_entries, 1);
+    // Nobody begins any more, who began gets all.
+    assert_eq!(server.http.get(&link).send().await.unwrap().status(), 404);
+    assert_eq!(server.clean().await, Report::default());
+    while let Some(piece) = download.next().await {
+        read.extend_from_slice(&piece.unwrap());
+    }
+    assert!(read == bytes);
+    server.stop().await;
+}
+
+async fn a_lost_entry_makes_room(backend: Backend) {
+    let server = start(backend).await;
+    let job = job(&server, &[(MAIN, 3)]);
+    job.save("k", b"bytes").await;
+    let (_, link) = job.look_up("k", &[]).await.unwrap();
+    let blob = crate::common::blob_of(&link);
+    let services = &server.app.services;
+    for key in services.db.objects_of(blob).await.unwrap() {
+        services.store.delete(&key).await.unwrap();
+    }
+    assert_eq!(server.problems().await, [Kind::Lost]);
+    // The scrub finds it too, and takes it out.
+    server.advance(31 * 24 * HOUR);
+    assert!(services.scrub_next(Uuid::new_v4()).await.unwrap());
+    let job = self::job(&server, &[(MAIN, 3)]);
+    assert_eq!(job.look_up("k", &[]).await, None);
+    job.save("k", b"again").await;
+    assert_eq!(job.restore("k").await.unwrap(), b"again");
+    assert_eq!(server.problems().await, []);
     server.stop().await;
 }

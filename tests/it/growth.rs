@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use secrecy::SecretString;
-use sqlx::pool::PoolConnection;
+use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
-use sqlx::{PgPool, Sqlite, SqlitePool};
-use wharfinger::db::{Created, Db, ListEntry, ListSource, NewArtifact, Sealing, Settings};
+use wharfinger::db::{
+    Created, Db, Lent, ListEntry, ListSource, NewArtifact, NewCacheEntry, Reservation, Reserved, Sealing, Settings,
+    WantedKeys,
+};
 use wharfinger::model::{BlobId, Block, ObjectKey, Principal, RunKey, Sha256};
 
 use crate::db_contract::Raw;
@@ -133,16 +135,60 @@ async fn fill(raw: &Raw, from: i64, to: i64, at_ms: i64, fate: Fate) {
     }
 }
 
+/// Puts in finalized cache entries `from..=to` of one byte each, of a thousand repositories' `scope`, or all of the
+/// first repository's.
+async fn fill_caches(raw: &Raw, from: i64, to: i64, at_ms: i64, scope: &str, spread: bool) {
+    let (hex, id) = match raw {
+        Raw::Postgres(_) => (
+            "lpad(to_hex((i * 2654435761) % 4294967296), 8, '0') || '-0000-4000-8000-' || lpad(to_hex(i), 12, '0')",
+            "CAST(hex AS UUID)",
+        ),
+        Raw::Sqlite(_) => (
+            "printf('%08x-0000-4000-8000-%012x', (i * 2654435761) & 4294967295, i)",
+            "unhex(hex, '-')",
+        ),
+    };
+    let repository = if spread { "(i % 1000)" } else { "0" };
+    let numbers = format!(
+        "WITH RECURSIVE numbers(i) AS (
+             SELECT CAST({from} AS BIGINT) UNION ALL SELECT i + 1 FROM numbers WHERE i < {to}),
+         n AS (SELECT i, {hex} AS hex, CAST({at_ms} AS BIGINT) AS t, 'octo/' || {repository} AS repository FROM numbers)"
+    );
+    for text in [
+        format!(
+            "{numbers} INSERT INTO blobs (id, kind, state, revision, size_bytes, verification, verify_lease_until_ms,
+                 created_at_ms, changed_at_ms, cleaned_at_ms, scrubbed_at_ms)
+             SELECT {id}, 'cache', 'sealed', 1, 1, 'none', 0, t, t, t, t FROM n"
+        ),
+        format!(
+            "{numbers} INSERT INTO cache_repositories (issuer, repository, size_bytes)
+             SELECT DISTINCT 'wharfinger', repository, 0 FROM n WHERE TRUE ON CONFLICT DO NOTHING"
+        ),
+        format!(
+            "{numbers} INSERT INTO cache_entries (repository_id, scope, version, key, state, blob_id, size_bytes,
+                 run_backend_id, job_backend_id, created_at_ms, finalized_at_ms, last_used_at_ms)
+             SELECT r.id, '{scope}', '1', 'key-' || i, 'finalized', {id}, 1, '1', 'build', t, t, t
+             FROM n JOIN cache_repositories r ON r.issuer = 'wharfinger' AND r.repository = n.repository"
+        ),
+    ] {
+        raw.execute(&text).await;
+    }
+    match raw {
+        Raw::Postgres(_) => raw.execute("VACUUM ANALYZE").await,
+        Raw::Sqlite(_) => raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").await,
+    }
+}
+
+/// Counts all repositories' caches.
+const COUNT_CACHES: &str = "UPDATE cache_repositories SET size_bytes = (
+    SELECT CAST(coalesce(sum(e.size_bytes), 0) AS BIGINT) FROM cache_entries e WHERE e.repository_id = cache_repositories.id)";
+
 // Counting.
 
 /// Counts what a database does for a [`Db`].
 enum Meter {
-    /// Steps of the virtual machine, at least each of its loops; and connections that the `Db` does not get, so that
-    /// it works on those which have prepared their statements.
-    Sqlite(
-        Arc<AtomicU64>,
-        #[expect(dead_code, reason = "held")] Vec<PoolConnection<Sqlite>>,
-    ),
+    /// Steps of the virtual machine, at least each of its loops.
+    Sqlite(Arc<AtomicU64>),
     /// Rows and entries of indexes that are read. The first is the one connection of the `Db`.
     Postgres(PgPool, PgPool),
 }
@@ -152,11 +198,11 @@ impl Meter {
         match (db, raw) {
             (Db::Sqlite(sqlite), _) => {
                 let steps = Arc::new(AtomicU64::new(0));
-                let mut held = Vec::new();
-                for pool in [&sqlite.readers, &sqlite.durable, &sqlite.staging] {
-                    held.extend(count_steps(pool, &steps).await);
-                }
-                Self::Sqlite(steps, held)
+                // What is given back last is lent first: one of each kind is all that one caller gets.
+                count_steps(sqlite.readers().await.unwrap(), &steps).await;
+                count_steps(sqlite.durable().await.unwrap(), &steps).await;
+                count_steps(sqlite.staging().await.unwrap(), &steps).await;
+                Self::Sqlite(steps)
             }
             (Db::Postgres(pool), Raw::Postgres(raw)) => Self::Postgres(pool.clone(), raw.clone()),
             (Db::Postgres(_), Raw::Sqlite(_)) => panic!("two databases"),
@@ -165,7 +211,7 @@ impl Meter {
 
     async fn read(&self) -> u64 {
         match self {
-            Self::Sqlite(steps, _) => steps.load(Ordering::Relaxed),
+            Self::Sqlite(steps) => steps.load(Ordering::Relaxed),
             Self::Postgres(session, raw) => {
                 // Or they would tell what they did only a second later, and the filling would count as asking.
                 for session in [session, raw] {
@@ -193,14 +239,9 @@ impl Meter {
     }
 }
 
-/// On one connection of the pool. Returns the others.
-async fn count_steps(pool: &SqlitePool, steps: &Arc<AtomicU64>) -> Vec<PoolConnection<Sqlite>> {
-    let mut others = Vec::new();
-    for _ in 1..pool.options().get_max_connections() {
-        others.push(pool.acquire().await.unwrap());
-    }
+async fn count_steps(mut lent: Lent, steps: &Arc<AtomicU64>) {
     let steps = Arc::clone(steps);
-    let mut connection = pool.acquire().await.unwrap();
+    let connection = lent.connection().unwrap();
     connection
         .lock_handle()
         .await
@@ -209,7 +250,7 @@ async fn count_steps(pool: &SqlitePool, steps: &Arc<AtomicU64>) -> Vec<PoolConne
             steps.fetch_add(1, Ordering::Relaxed);
             true
         });
-    others
+    lent.done();
 }
 
 /// The cost of everything that is asked often. No two with one `number`.
@@ -287,6 +328,50 @@ async fn costs(db: &Db, meter: &Meter, number: i64, long_blob: BlobId) -> BTreeM
     assert_eq!(cost!(content_blocks(long_blob, 999_999, 1_000_000)).len(), 1);
     let newest = db.newest_artifact(&job, "new", BEFORE).await.unwrap().unwrap();
     assert!(cost!(delete_artifact(&newest, BEFORE)));
+    // A cache.
+    let main = "refs/heads/main";
+    let new_key = format!("new-{number}");
+    let new = NewCacheEntry {
+        principal: &job_of_run,
+        scope: main,
+        key: &new_key,
+        version: "1",
+        now_ms: NOW,
+        dead_since_ms: BEFORE,
+    };
+    let Reserved::Upload(_, cached) = cost!(reserve_cache_entry(&new)) else {
+        panic!("it is new");
+    };
+    assert_eq!(
+        cost!(reserve_cache_entry(&new) "reserve_cache_entry again"),
+        Reserved::Exists
+    );
+    db.commit_whole(cached, None, None, NOW).await.unwrap();
+    let key = Reservation::Key {
+        key: &new_key,
+        version: "1",
+    };
+    let candidate = cost!(cache_candidate(&job_of_run, main, key)).unwrap();
+    assert!(cost!(cache_candidate(&job_of_run, main, Reservation::Id(candidate.id)) "cache_candidate by id").is_some());
+    assert!(cost!(finalize_cache_entry(&candidate, NOW)));
+    let wanted = |low: &'static str, high: &'static str| {
+        ["refs/heads/feature", main].map(|scope| WantedKeys { scope, low, high })
+    };
+    let run = &job_of_run.run;
+    let exact = wanted("key-1000000", "key-1000000");
+    let found = cost!(find_cache_entry(run, &exact, "1") "find_cache_entry");
+    assert_eq!(found.as_ref().map(|found| found.key.as_str()), Some("key-1000000"));
+    let by_prefix = wanted("key-100", "key-100\u{10ffff}");
+    assert!(cost!(find_cache_entry(run, &by_prefix, "1") "find_cache_entry by prefix").is_some());
+    assert!(cost!(find_cache_entry(run, &wanted("l", "l\u{10ffff}"), "1") "find_cache_entry of none").is_none());
+    cost!(touch_cache_entry(found.unwrap().id, NOW));
+    assert!(cost!(readable_blob(cached, NOW) "readable_blob of a cache").is_some());
+    assert!(cost!(dead_reservations(BEFORE, 500)).is_empty());
+    assert!(cost!(idle_cache_entries(BEFORE, 500)).is_empty());
+    assert!(cost!(large_caches(1_000_000_000, 500)).is_empty());
+    let largest = db.large_caches(0, 1).await.unwrap()[0];
+    let unused = cost!(least_used_cache_entries(largest, 1));
+    assert_eq!(cost!(evict_cache_entries(&unused, "evicted", NOW)), 1);
     // The cleaner, with one tombstone and garbage to take away.
     assert_eq!(cost!(expire_artifacts(NOW, 500)), 0);
     assert_eq!(cost!(abandon_uploads(BEFORE, NOW, 500)), 0);
@@ -329,7 +414,14 @@ async fn nothing_costs_more_with_more_rows(url: String) {
     } else {
         // One connection, which the meter can ask; and nobody else who reads rows.
         let raw = Raw::Postgres(PgPoolOptions::new().max_connections(1).connect(&url).await.unwrap());
-        for table in ["artifacts", "blobs", "blocks", "garbage"] {
+        for table in [
+            "artifacts",
+            "blobs",
+            "blocks",
+            "cache_entries",
+            "cache_repositories",
+            "garbage",
+        ] {
             raw.execute(&format!("ALTER TABLE {table} SET (autovacuum_enabled = false)"))
                 .await;
         }
@@ -361,6 +453,8 @@ async fn nothing_costs_more_with_more_rows(url: String) {
         fill(&raw, from, from + 99, at_ms, fate).await;
     }
     fill(&raw, 1, 2_000, NOW, Fate::Shown).await;
+    fill_caches(&raw, 1_000_000, 1_001_999, NOW, "refs/heads/main", true).await;
+    raw.execute(COUNT_CACHES).await;
     // The first time, statements are prepared.
     costs(&db, &meter, 1, long_blob).await;
     let mut few = costs(&db, &meter, 2, long_blob).await;
@@ -370,6 +464,9 @@ async fn nothing_costs_more_with_more_rows(url: String) {
     );
 
     fill(&raw, 2_001, 20_000, NOW, Fate::Shown).await;
+    fill_caches(&raw, 2_000_000, 2_005_000, NOW, "refs/heads/other", false).await;
+    fill_caches(&raw, 3_000_001, 3_000_999, NOW, "refs/heads/feature", true).await;
+    raw.execute(COUNT_CACHES).await;
     costs(&db, &meter, 3, long_blob).await;
     let many = costs(&db, &meter, 4, long_blob).await;
     assert_eq!(grown(&few, &many), [""; 0], "with more that is finalized: {few:?}");
