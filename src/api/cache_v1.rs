@@ -163,7 +163,7 @@ fn entry_id(path: Result<Path<i64>, PathRejection>) -> Result<CacheEntryId, Erro
 }
 
 /// Reads `bytes a-b/*`, or with a total in the star's place, as the bytes `a..b+1`. Source: RFC 9110 §14.4.
-fn parse_content_range(text: &str) -> Option<Range<u64>> {
+pub fn parse_content_range(text: &str) -> Option<Range<u64>> {
     let number = |text: &str| -> Option<u64> {
         let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         text.parse().ok().filter(|_| digits)

@@ -10,8 +10,10 @@ mod blobs;
 mod block_list;
 mod cache_v1;
 mod cache_v2;
-pub mod content_range;
-pub mod item_path;
+mod content_range;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
+mod item_path;
 mod observe;
 mod ops;
 pub mod patience;

@@ -137,7 +137,8 @@ fn encoding(headers: &HeaderMap) -> Result<Encoding, TwirpError> {
         .ok_or_else(|| TwirpError::bad_route(format!("unexpected Content-Type: {content_type:?}")))
 }
 
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, TwirpError> {
+/// Reads a body as JSON.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, TwirpError> {
     let malformed =
         |error: serde_json::Error| TwirpError::malformed(format!("the body is not a message of this method: {error}"));
     let value: Value = serde_json::from_slice(bytes).map_err(malformed)?;

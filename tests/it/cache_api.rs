@@ -18,7 +18,7 @@ use wharfinger::service::fsck::{self, Kind};
 
 use crate::common::{Backend, TestServer, block_link, block_list, issuer};
 
-const VERSION: &str = "4982f7847d41153f1825e05c5c05916bb69e860b48ee5c408d68e1b87abf48e4";
+pub const VERSION: &str = "4982f7847d41153f1825e05c5c05916bb69e860b48ee5c408d68e1b87abf48e4";
 const MAIN: &str = "refs/heads/main";
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -166,7 +166,7 @@ impl CacheJob<'_> {
         (status, json)
     }
 
-    async fn v1_reserve(&self, key: &str) -> i64 {
+    pub async fn v1_reserve(&self, key: &str) -> i64 {
         let body = json!({ "key": key, "version": VERSION, "cacheSize": 10 });
         let (status, reply) = self.v1("POST", "caches", Some(body)).await;
         assert_eq!(status, 201, "{reply}");
@@ -174,7 +174,7 @@ impl CacheJob<'_> {
     }
 
     /// Sends a chunk without saying its length. Returns the status and what was said.
-    async fn v1_chunk(&self, id: i64, range: &str, bytes: &'static [u8]) -> (u16, Value) {
+    pub async fn v1_chunk(&self, id: i64, range: &str, bytes: &'static [u8]) -> (u16, Value) {
         let frames = futures_util::stream::iter(bytes.chunks(3).map(Ok::<_, std::io::Error>));
         let reply = self
             .server
@@ -192,7 +192,7 @@ impl CacheJob<'_> {
         (status, serde_json::from_slice(&body).unwrap_or_default())
     }
 
-    async fn v1_commit(&self, id: i64, size: u64) -> (u16, Value) {
+    pub async fn v1_commit(&self, id: i64, size: u64) -> (u16, Value) {
         self.v1("POST", &format!("caches/{id}"), Some(json!({ "size": size })))
             .await
     }

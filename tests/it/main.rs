@@ -14,6 +14,8 @@ mod crash;
 mod db_contract;
 mod faults;
 mod fsck;
+mod ghac;
+mod go_cache;
 mod growth;
 #[cfg(feature = "failpoints")]
 mod kill_matrix;
