@@ -36,7 +36,7 @@ impl<'a> V3<'a> {
         self.0.server.http.request(method, url).bearer_auth(&self.0.token)
     }
 
-    fn artifacts(&self) -> String {
+    pub fn artifacts(&self) -> String {
         format!(
             "{}/_apis/pipelines/workflows/{}/artifacts?api-version=6.0-preview",
             self.0.server.url, self.0.run

@@ -18,8 +18,8 @@ use wharfinger::model::{
     ArtifactId, BlobId, BlobKind, BlobState, Block, CacheEntryId, ObjectKey, Principal, RunKey, Sha256,
 };
 
-use crate::common::{TestServer, postgres_database};
 use crate::common::process::Environment;
+use crate::common::{TestServer, postgres_database};
 
 /// The time at which everything begins.
 const NOW: i64 = 1_700_000_000_000;
