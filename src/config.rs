@@ -240,6 +240,7 @@ impl Config {
             ("server.max_connections", self.server.max_connections == 0),
             ("uploads.max_block_bytes", self.uploads.max_block_bytes == 0),
             ("uploads.max_put_blob_bytes", self.uploads.max_put_blob_bytes == 0),
+            ("artifacts.max_files", self.artifacts.max_files == 0),
             ("cleaner.batch", self.cleaner.batch == 0),
             ("memory.upload_bytes", self.memory.upload_bytes == 0),
             ("memory.download_bytes", self.memory.download_bytes == 0),

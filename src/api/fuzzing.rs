@@ -2,11 +2,18 @@
 
 pub use super::block_list::parse as block_list;
 pub use super::cache_v1::parse_content_range as content_range;
+pub use super::content_range::parse as file_range;
 pub use super::range::parse as range;
 
 use super::artifacts_v4::{CreateArtifactRequest, FinalizeArtifactRequest, ListArtifactsRequest, NamedArtifactRequest};
 use super::cache_v2::{CreateCacheEntryRequest, FinalizeCacheEntryUploadRequest, GetCacheEntryDownloadUrlRequest};
-use super::twirp;
+use super::{item_path, twirp};
+
+/// Reads a query's `itemPath`: the artifact, and what is below it.
+pub fn item_path(query: &str) -> Option<(String, String)> {
+    let path = item_path::form_value(query, "itemPath").ok()??;
+    item_path::parse(&path).ok().map(|path| (path.artifact, path.below))
+}
 
 /// Reads a body as each message that a request may be.
 pub fn twirp_json(body: &[u8]) {

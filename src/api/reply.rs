@@ -221,6 +221,17 @@ impl From<Error> for ApisError {
     }
 }
 
+/// What is wrong with a JSON body.
+impl From<TwirpError> for ApisError {
+    fn from(error: TwirpError) -> Self {
+        Self {
+            status: error.status,
+            type_key: "InvalidRequestException",
+            message: error.message,
+        }
+    }
+}
+
 impl IntoResponse for ApisError {
     fn into_response(self) -> Response {
         let body = json!({ "message": self.message, "typeKey": self.type_key }).to_string();

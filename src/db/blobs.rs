@@ -13,7 +13,7 @@ use crate::failpoint;
 use crate::model::{BlobId, BlobKind, BlobState, Block, ObjectKey, Sha256};
 
 /// Rows per statement when a block list is written: seven parameters each, below SQLite's limit of 32,766.
-const ROWS_PER_INSERT: usize = 4_000;
+pub(super) const ROWS_PER_INSERT: usize = 4_000;
 
 /// Locks a blob that is still open and gives it content: blob, size, type, time. The first statement of whoever does so.
 const GIVE_CONTENT: &str = "UPDATE blobs

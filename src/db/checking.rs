@@ -234,7 +234,7 @@ impl Db {
         Ok(Overdue {
             uploads: count(
                 "SELECT CAST(count(*) AS BIGINT) FROM blobs
-                 WHERE state IN ('staging', 'committed') AND created_at_ms <= $1",
+                 WHERE (state = 'staging' OR (state = 'committed' AND kind <> 'container')) AND created_at_ms <= $1",
                 uploads_before_ms,
             )
             .await?,

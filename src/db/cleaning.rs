@@ -5,7 +5,7 @@
 
 use uuid::Uuid;
 
-use super::blobs::{FORGET_UNLISTED, UNLISTED_TO_GARBAGE};
+use super::blobs::{BURY, FORGET_UNLISTED, UNLISTED_TO_GARBAGE};
 use super::{Db, on, transaction};
 use crate::error::{Error, Result};
 use crate::model::{BlobId, ObjectKey};
@@ -15,25 +15,25 @@ impl Db {
     /// Returns how many.
     pub async fn expire_artifacts(&self, now_ms: i64, limit: i64) -> Result<u64> {
         let expired = transaction!(self, durable, |tx| {
-            let blobs: Vec<Uuid> = sqlx::query_scalar(
+            let blobs: Vec<(Uuid, Option<Uuid>)> = sqlx::query_as(
                 "DELETE FROM artifacts WHERE id IN (
                      SELECT id FROM artifacts WHERE state <> 'pending' AND expires_at_ms <= $1
                      ORDER BY expires_at_ms LIMIT $2)
-                 RETURNING blob_id",
+                 RETURNING blob_id, container_id",
             )
             .bind(now_ms)
             .bind(limit)
             .fetch_all(&mut *tx)
             .await?;
-            for blob in &blobs {
-                sqlx::query(
-                    "UPDATE blobs SET state = 'deleting', tombstone = 'expired', changed_at_ms = $2, cleaned_at_ms = NULL
-                     WHERE id = $1 AND state = 'sealed'",
-                )
-                .bind(blob)
-                .bind(now_ms)
-                .execute(&mut *tx)
-                .await?;
+            for &(blob, container) in &blobs {
+                for blob in [Some(blob), container].into_iter().flatten() {
+                    sqlx::query(BURY)
+                        .bind(blob)
+                        .bind("expired")
+                        .bind(now_ms)
+                        .execute(&mut *tx)
+                        .await?;
+                }
             }
             Some(blobs.len())
         })?;
@@ -44,7 +44,8 @@ impl Db {
     pub async fn abandon_uploads(&self, begun_before_ms: i64, now_ms: i64, limit: i64) -> Result<u64> {
         let abandoned = transaction!(self, durable, |tx| {
             let blobs: Vec<Uuid> = sqlx::query_scalar(
-                "SELECT id FROM blobs WHERE state IN ('staging', 'committed') AND created_at_ms <= $1
+                "SELECT id FROM blobs
+                 WHERE (state = 'staging' OR (state = 'committed' AND kind <> 'container')) AND created_at_ms <= $1
                  ORDER BY created_at_ms LIMIT $2",
             )
             .bind(begun_before_ms)
@@ -63,7 +64,7 @@ impl Db {
                 abandoned += sqlx::query(
                     "UPDATE blobs SET state = 'deleting', tombstone = 'abandoned', changed_at_ms = $2,
                          cleaned_at_ms = NULL
-                     WHERE id = $1 AND state IN ('staging', 'committed')",
+                     WHERE id = $1 AND (state = 'staging' OR (state = 'committed' AND kind <> 'container'))",
                 )
                 .bind(blob)
                 .bind(now_ms)
@@ -155,10 +156,12 @@ impl Db {
             if dead == 0 {
                 None
             } else {
-                sqlx::query("DELETE FROM blocks WHERE blob_id = $1")
-                    .bind(blob.0)
-                    .execute(&mut *tx)
-                    .await?;
+                for rest in [
+                    "DELETE FROM blocks WHERE blob_id = $1",
+                    "DELETE FROM files WHERE container_id = $1",
+                ] {
+                    sqlx::query(rest).bind(blob.0).execute(&mut *tx).await?;
+                }
                 Some(())
             }
         })?;
@@ -180,6 +183,8 @@ impl Db {
                 for rest in [
                     "DELETE FROM garbage WHERE blob_id = $1",
                     "DELETE FROM blocks WHERE blob_id = $1",
+                    "DELETE FROM files WHERE container_id = $1",
+                    "DELETE FROM containers WHERE blob_id = $1",
                 ] {
                     sqlx::query(rest).bind(blob.0).execute(&mut *tx).await?;
                 }

@@ -10,6 +10,7 @@ mod caches;
 mod checking;
 mod cleaning;
 mod connect;
+mod files;
 mod sqlite;
 
 pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
@@ -19,6 +20,7 @@ pub use caches::{
 };
 pub use checking::{Miscount, Overdue, SealedBlob, Standing};
 pub use connect::Settings;
+pub use files::{BrokenFile, ChunkSums, Container, Encoding, File, FileChunk, NewChunk, Publication, Staged};
 pub use sqlite::{Lent, Sqlite};
 
 use std::borrow::Cow;

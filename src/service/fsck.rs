@@ -3,7 +3,7 @@
 //! `wharfinger fsck` calls it. Repairs only what is provable: deletes objects that nobody knows and that are older than
 //! any request, marks artifacts and cache entries whose bytes are gone as lost, and counts caches anew. It never deletes what a row names.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use futures_util::StreamExt;
 use serde::Serialize;
@@ -35,6 +35,8 @@ pub enum Kind {
     Miscounted,
     /// An object that nobody knows. Repaired by deleting it.
     Orphan,
+    /// A file of an artifact of version 3 does not have all its chunks.
+    Broken,
     /// Something that the cleaner should have taken away. `wharfinger clean` does.
     Overdue,
 }
@@ -76,6 +78,7 @@ impl Services {
         };
         check.rows().await?;
         check.blobs().await?;
+        check.files().await?;
         check.objects().await?;
         check.overdue().await?;
         Ok(check.summary)
@@ -87,17 +90,17 @@ impl Services {
             return Ok(None);
         }
         let blocks = self.db.content_blocks(blob.id, 0, blob.size_bytes).await?;
-        let objects: HashMap<ObjectKey, u64> = self
-            .store
-            .list(blob.id)
-            .await?
-            .into_iter()
-            .map(|object| (object.key, object.size_bytes))
-            .collect();
         let pieces = match storage::window(blocks, 0..blob.size_bytes) {
             Ok(pieces) => pieces,
             Err(error) => return Ok(Some(error.to_string())),
         };
+        // A blob may be made of ranges of another's objects.
+        let owners: BTreeSet<BlobId> = pieces.iter().map(|piece| piece.block.object_key.blob()).collect();
+        let mut objects: HashMap<ObjectKey, u64> = HashMap::new();
+        for owner in owners {
+            let listed = self.store.list(owner).await?;
+            objects.extend(listed.into_iter().map(|object| (object.key, object.size_bytes)));
+        }
         for piece in &pieces {
             let (key, end) = (
                 &piece.block.object_key,
@@ -195,6 +198,19 @@ impl Check<'_> {
                 }
             }
         }
+    }
+
+    /// Every file that was uploaded by itself has its chunks.
+    async fn files(&mut self) -> Result<()> {
+        let mut batch = self.services.db.broken_files(None, BATCH).await?;
+        while let Some(last) = batch.last().cloned() {
+            for file in &batch {
+                let subject = format!("file {} of container {}", file.path, file.container);
+                self.problem(Kind::Broken, subject, "chunks of it are missing".to_owned(), false);
+            }
+            batch = self.services.db.broken_files(Some(&last), BATCH).await?;
+        }
+        Ok(())
     }
 
     /// Every object is somebody's.

@@ -5,13 +5,16 @@
 
 pub mod artifacts;
 pub mod caches;
+mod chunks;
 pub mod cleaner;
 pub mod downloads;
+pub mod files;
 pub mod fsck;
 pub mod memory;
 pub mod scrub;
 pub mod uploads;
 pub mod verification;
+mod zip;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;

@@ -1,6 +1,6 @@
 //! Bytes coming in: blocks, block lists and whole blobs.
 //!
-//! Called by `api/blobs.rs` with a verified write link. An object is complete in the store before any row names it,
+//! Called by `api/blobs.rs` with a verified write link, and for objects by `files.rs`. An object is complete in the store before any row names it,
 //! and is deleted when its row is refused.
 
 use std::time::Duration;
@@ -193,7 +193,7 @@ impl Services {
     }
 
     /// Streams a body into a fresh object and checks it against the client's checksums.
-    async fn store_object<S>(&self, blob: BlobId, upload: Upload<S>) -> Result<Block>
+    pub(super) async fn store_object<S>(&self, blob: BlobId, upload: Upload<S>) -> Result<Block>
     where
         S: Stream<Item = Result<Bytes>> + Send + 'static,
     {
@@ -266,7 +266,7 @@ impl Services {
     }
 
     /// Deletes an object that no row names. A failure leaves it to the cleaner.
-    async fn discard(&self, key: &ObjectKey) {
+    pub(super) async fn discard(&self, key: &ObjectKey) {
         if let Err(error) = self.store.delete(key).await {
             tracing::warn!(%key, %error, "a refused object stays until its blob is swept");
         }

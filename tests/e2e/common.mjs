@@ -49,6 +49,21 @@ export async function makeFiles(root, contents) {
   return { root, files, hashes }
 }
 
+/** 2,000 small files in folders with names that are hard to write. */
+export function manyFiles(seed) {
+  const folders = [
+    'plain', 'Überseehäfen', '日本語', '🚢 Schiffe', 'two  spaces', '50%', '%41', '#1', '.hidden', '..two dots',
+    'a&b=c+d', "it's", 'semi;colon,comma', '[brackets]{braces}', '$HOME', '~', '`tick`', 'ยินดี', 'Привет', 'end.'
+  ]
+  const contents = {}
+  for (let i = 0; i < 2000; i++) {
+    const [a, b, c] = [folders[i % 20], folders[Math.floor(i / 20) % 20], folders[Math.floor(i / 400)]]
+    const folder = [a, `${a}/${b}`, `${a}/${b}/${c}`, `${a}/${b}/${c}/.tiefer 深い`][i % 4]
+    contents[`${folder}/${i % 3 ? '' : '.'}${b} ${i}${i % 5 ? '.txt' : ''}`] = `${i} ${seed}\n`.repeat(1 + (i % 50))
+  }
+  return contents
+}
+
 export function assertSameFiles(root, expected) {
   const actual = new Map()
   for (const entry of fs.readdirSync(root, { recursive: true, withFileTypes: true })) {
@@ -89,7 +104,7 @@ async function run(client, name, test) {
     return { status: 'ok', detail, ms: Date.now() - started }
   } catch (error) {
     const status = error instanceof NotApplicable ? 'na' : 'fail'
-    const where = status === 'fail' ? error.stack?.match(/(client|cache)\.mjs:\d+/)?.[0] : undefined
+    const where = status === 'fail' ? error.stack?.match(/(client|cache|files)\.mjs:\d+/)?.[0] : undefined
     if (status === 'fail') console.error(error)
     return { status, detail: where ? `${error.message} (${where})` : error.message, ms: Date.now() - started }
   } finally {

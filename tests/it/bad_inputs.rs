@@ -13,13 +13,14 @@ use serde_json::{Value, json};
 use wharfinger::model::{BlobId, BlobKind};
 use wharfinger::papers::Permission;
 
+use super::artifacts_v3::{V3, gzip};
 use super::cache_api::{CacheJob, VERSION};
 use super::common::raw::{Reply, exchange, request};
 use super::common::{Backend, Job, TestServer, block_link, block_list, issuer};
 
 const TABLE: &str = include_str!("../bad-inputs.tsv");
 /// The rows that must have code here, from and to.
-const NAMED: [(&str, &str); 12] = [
+const NAMED: [(&str, &str); 11] = [
     ("B001", "B004"),
     ("B006", "B008"),
     ("B010", "B012"),
@@ -29,18 +30,15 @@ const NAMED: [(&str, &str); 12] = [
     ("B051", "B051"),
     ("B060", "B094"),
     ("B100", "B109"),
-    ("B125", "B125"),
-    ("B129", "B129"),
+    ("B120", "B129"),
     ("B140", "B140"),
 ];
 /// Rows for which the server has no surface yet, from and to, and what brings it.
-const NOT_YET: [(&str, &str, &str); 11] = [
+const NOT_YET: [(&str, &str, &str); 9] = [
     ("B005", "B005", "comes with issuers that sign with RSA keys"),
     ("B014", "B014", "comes with GitHub as an issuer"),
     ("B020", "B020", "comes with the revocation of tokens"),
     ("B024", "B024", "comes with API tokens"),
-    ("B120", "B123", "comes with version 3 of the artifact protocol"),
-    ("B126", "B128", "comes with version 3 of the artifact protocol"),
     ("B131", "B134", "comes with REST"),
     ("B141", "B148", "comes with the limits on connections and overload"),
     ("B150", "B151", "comes with token exchange"),
@@ -51,6 +49,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// Small, so that rows need few requests to reach them.
 const MAX_PER_JOB: usize = 20;
 const MAX_ARTIFACT_BYTES: u64 = 1024 * 1024;
+const MAX_FILES: u32 = 5;
 
 struct Row {
     id: &'static str,
@@ -308,6 +307,20 @@ impl<'a> Case<'a> {
         let headers = [&[("Authorization", bearer.as_str())], headers].concat();
         let target = format!("/_apis/artifactcache/{path}");
         self.send(request(method, &target, &headers, body.as_bytes())).await
+    }
+
+    /// The row's job as one of version 3, whose run has a number.
+    fn v3(&self) -> V3<'a> {
+        let run = &self.row.id[1..];
+        V3(self.server.job_of("octo/demo", run, "build"))
+    }
+
+    /// A request of version 3 of the artifact protocol.
+    async fn files(&mut self, method: &str, url: &str, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Reply {
+        let bearer = format!("Bearer {}", self.v3().0.token);
+        let headers = [&[("Authorization", bearer.as_str())], headers].concat();
+        let target = target(self.server, url);
+        self.send(request(method, target, &headers, body.as_ref())).await
     }
 
     /// Saves a cache entry, which stays.
@@ -1038,11 +1051,99 @@ rows! { case;
             case.cache("FinalizeCacheEntryUpload", json!({ "key": "B109", "size_bytes": size })).await;
         }
     }
+    "B120" => {
+        let file = format!("{}?itemPath=x%2Ff", case.v3().open("x").await);
+        for range in [
+            "bytes 0-9223372036854775807/*",
+            "bytes 5-4/10",
+            "bytes -1-5/10",
+            "bytes 0-9/5",
+            "bytes a-b/c",
+        ] {
+            case.files("PUT", &file, &[("Content-Range", range)], "0123456789").await;
+        }
+        case.files("PUT", &file, &[], "0123456789").await;
+        let range = ("Content-Range", "bytes 0-9/10");
+        case.files("PUT", &file, &[range, range], "0123456789").await;
+        // And one that does not fit to the body.
+        case.files("PUT", &file, &[range], "01234").await;
+    }
+    "B122" => {
+        let container = case.v3().open("a").await;
+        let (long, deep) = (format!("a%2F{}", "b".repeat(4096)), format!("a{}", "%2Fb".repeat(299)));
+        for path in [
+            "..%2F..%2Fx",
+            "%2Fetc%2Fpasswd",
+            "a%2F..%2F..%2Fb",
+            "a%5C..%5Cb",
+            "%2e%2e%2F",
+            "a%2F.%2Fb",
+            "a%2F%2Fb",
+            "a%2Fb%00c",
+            &long,
+            &deep,
+            "C%3Ax",
+            "%5C%5C%3F%5C",
+            "other%2Fb",
+            "a",
+        ] {
+            let file = format!("{container}?itemPath={path}");
+            case.files("PUT", &file, &[("Content-Range", "bytes 0-0/1")], "x").await;
+        }
+        assert!(case.v3().items(&container, "a").await.is_empty());
+    }
+    "B123" => {
+        let job = case.v3();
+        let container = job.open("bomb").await;
+        let bomb = gzip(&vec![0; 64 << 20]);
+        assert_eq!(job.part(&container, "bomb/f", &bomb, 0, bomb.len(), Some(10)).await.0, 201);
+        let items = case.files("GET", &format!("{container}?itemPath=bomb"), &[], "").await;
+        assert!(items.text().contains("\"fileLength\":10,"), "{}", items.text());
+        let items = job.items(&container, "bomb").await;
+        let file = items[0]["contentLocation"].as_str().unwrap();
+        let (status, encoding, content) = job.get(file).await;
+        assert_eq!((status, encoding.as_deref()), (200, Some("gzip")));
+        assert!(content == bomb);
+    }
     "B125" => {
         case.not_yet("on REST", "comes with REST");
+        let artifacts = case.v3().artifacts();
+        let packed = [JSON, ("Content-Encoding", "gzip")];
+        case.files("POST", &artifacts, &packed, b"\x1f\x8b\x08\0\0\0\0\0\0\x03").await;
         let bearer = format!("Bearer {}", case.job.token);
         let headers = [JSON, ("Authorization", &bearer), ("Content-Encoding", "gzip")];
         case.post_with("ListArtifacts", &headers, b"\x1f\x8b\x08\0\0\0\0\0\0\x03").await;
+    }
+    "B126" => {
+        let file = format!("{}?itemPath=x%2Ff", case.v3().open("x").await);
+        let range = ("Content-Range", "bytes 0-9/10");
+        for length in ["-1", "1e9", "9223372036854775808", ""] {
+            let headers = [range, ("Content-Encoding", "gzip"), ("x-tfs-filelength", length)];
+            case.files("PUT", &file, &headers, "0123456789").await;
+        }
+        case.files("PUT", &file, &[range, ("x-tfs-filelength", "11")], "0123456789").await;
+        case.files("PUT", &file, &[range, ("Content-Encoding", "gzip")], "0123456789").await;
+    }
+    "B127" => {
+        let artifacts = case.v3().artifacts();
+        let other = V3(case.server.job_of("octo/demo", "1270", "build"));
+        let container = other.open("theirs").await;
+        case.files("POST", &other.artifacts(), &[JSON], r#"{"Type":"actions_storage","Name":"x"}"#).await;
+        case.files("GET", &format!("{container}?itemPath=theirs"), &[], "").await;
+        case.v3().open("mine").await;
+        case.files("PATCH", &format!("{artifacts}&artifactName=mine"), &[JSON], r#"{"Size":1}"#).await;
+    }
+    "B128" => {
+        let job = case.v3();
+        let container = job.open("many").await;
+        for path in ["many/README", "many/readme", "many/3", "many/4", "many/5"] {
+            job.put(&container, path, path.as_bytes(), None).await;
+        }
+        let range = ("Content-Range", "bytes 0-0/1");
+        case.files("PUT", &format!("{container}?itemPath=many%2F6"), &[range], "6").await;
+        let items = case.files("GET", &format!("{container}?itemPath=many"), &[], "").await;
+        assert_eq!(items.text().matches("\"path\":\"many/README\"").count(), 1);
+        assert_eq!(items.text().matches("\"path\":\"many/readme\"").count(), 1);
     }
     "B129" => {
         let (server, token) = (case.server, case.job.token.clone());
@@ -1094,6 +1195,7 @@ async fn play_all(backend: Backend) {
         issuer::add(config, "forge", Some("wharfinger"));
         config.artifacts.max_per_job = u32::try_from(MAX_PER_JOB).unwrap();
         config.artifacts.max_size_bytes = MAX_ARTIFACT_BYTES;
+        config.artifacts.max_files = MAX_FILES;
     })
     .await;
     // What B022 leaves in another repository's run.

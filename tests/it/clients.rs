@@ -41,6 +41,8 @@ const CASES: [&str; 13] = [
     "blocks",
     "putblob",
 ];
+const FILE_CLIENTS: [&str; 1] = ["artifact-1.1.3"];
+const FILE_CASES: [&str; 7] = ["small", "tree", "empty", "big", "packed", "merge", "every"];
 const CACHE_CLIENTS: [&str; 9] = [
     "cache-3.3.0-v1",
     "cache-4.0.0-v1",
@@ -112,7 +114,7 @@ async fn run_all(backend: Backend) -> Vec<Outcome> {
         ("WHARFINGER_TEST_OTHER_TOKENS", other_identities(&server)),
         ("WHARFINGER_TEST_CACHE_TOKENS", cache_tokens(&server)),
     ];
-    let queue = Mutex::new([&CACHE_CLIENTS[..], &CLIENTS].concat());
+    let queue = Mutex::new([&CACHE_CLIENTS[..], &CLIENTS, &FILE_CLIENTS].concat());
     let outcomes = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..AT_ONCE {
@@ -184,7 +186,11 @@ fn table(cells: &BTreeMap<(String, String, String), Outcome>) -> (String, Vec<St
         "client", "case", "SQLite+disk", "Postgres+S3"
     )
     .unwrap();
-    let rows = [(&CLIENTS[..], &CASES[..]), (&CACHE_CLIENTS, &CACHE_CASES)];
+    let rows = [
+        (&FILE_CLIENTS[..], &FILE_CASES[..]),
+        (&CLIENTS, &CASES),
+        (&CACHE_CLIENTS, &CACHE_CASES),
+    ];
     for (clients, cases) in rows {
         for (client, case) in clients
             .iter()

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use sqlx::{AssertSqlSafe, PgPool, SqlitePool};
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -18,8 +18,8 @@ use wharfinger::model::{
     ArtifactId, BlobId, BlobKind, BlobState, Block, CacheEntryId, ObjectKey, Principal, RunKey, Sha256,
 };
 
-use crate::common::postgres_database;
 use crate::common::process::Environment;
+use crate::common::{TestServer, postgres_database};
 
 /// The time at which everything begins.
 const NOW: i64 = 1_700_000_000_000;
@@ -84,6 +84,11 @@ impl Raw {
         } else {
             Self::Postgres(PgPool::connect(url).await.unwrap())
         }
+    }
+
+    /// To the database of a server.
+    pub async fn of(server: &TestServer) -> Self {
+        Self::connect(server.config.database.url.expose_secret(), &server.config.data_dir).await
     }
 
     pub async fn execute(&self, sql: &str) {

@@ -9,8 +9,8 @@ use secrecy::SecretString;
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
 use wharfinger::db::{
-    Created, Db, Lent, ListEntry, ListSource, NewArtifact, NewCacheEntry, Reservation, Reserved, Sealing, Settings,
-    WantedKeys,
+    ChunkSums, Created, Db, Encoding, Lent, ListEntry, ListSource, NewArtifact, NewCacheEntry, NewChunk, Reservation,
+    Reserved, Sealing, Settings, Staged, WantedKeys,
 };
 use wharfinger::model::{BlobId, Block, ObjectKey, Principal, RunKey, Sha256};
 
@@ -179,6 +179,59 @@ async fn fill_caches(raw: &Raw, from: i64, to: i64, at_ms: i64, scope: &str, spr
     }
 }
 
+/// The job that fills a container.
+fn filler() -> Principal {
+    let mut job = reader(15);
+    job.run.run_backend_id = "run-of-files".to_owned();
+    job
+}
+
+fn new_container<'a>(job: &'a Principal, name: &'a str) -> NewArtifact<'a> {
+    NewArtifact {
+        principal: job,
+        name,
+        version: 3,
+        mime_type: None,
+        created_at_ms: NOW,
+        expires_at_ms: NOW + 1_000,
+        max_per_job: Some(1_000),
+    }
+}
+
+/// Puts files `from..=to` of one chunk into a container.
+async fn fill_files(raw: &Raw, container: BlobId, from: i64, to: i64) {
+    let id = raw.literal(container.0.as_bytes());
+    let file = match raw {
+        Raw::Postgres(_) => "CAST(lpad(to_hex(i), 32, '0') AS UUID)",
+        Raw::Sqlite(_) => "unhex(printf('%032x', i))",
+    };
+    let tail = raw.literal(&[0; 8]);
+    let numbers =
+        format!("WITH RECURSIVE n(i) AS (SELECT CAST({from} AS BIGINT) UNION ALL SELECT i + 1 FROM n WHERE i < {to})");
+    for text in [
+        format!(
+            "{numbers} INSERT INTO files (id, container_id, path, uploader, encoding, length_bytes, total_bytes,
+                 received_bytes, chunk_count, revision, completed_at_ms)
+             SELECT {file}, {id}, 'file-' || i, '', 'identity', 1, 1, 1, 1, 0, {NOW} FROM n"
+        ),
+        format!(
+            "{numbers} INSERT INTO chunks (file_id, file_offset, block_id, crc32, tail, core_crc64)
+             SELECT {file}, 0, 'chunk-' || i, 0, {tail}, 0 FROM n"
+        ),
+        format!(
+            "{numbers} INSERT INTO blocks (blob_id, block_id, object_key, size_bytes, crc64)
+             SELECT {id}, 'chunk-' || i, '{}', 1, 0 FROM n",
+            key(300_000)
+        ),
+    ] {
+        raw.execute(&text).await;
+    }
+    match raw {
+        Raw::Postgres(_) => raw.execute("VACUUM ANALYZE").await,
+        Raw::Sqlite(_) => raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").await,
+    }
+}
+
 /// Counts all repositories' caches.
 const COUNT_CACHES: &str = "UPDATE cache_repositories SET size_bytes = (
     SELECT CAST(coalesce(sum(e.size_bytes), 0) AS BIGINT) FROM cache_entries e WHERE e.repository_id = cache_repositories.id)";
@@ -328,6 +381,64 @@ async fn costs(db: &Db, meter: &Meter, number: i64, long_blob: BlobId) -> BTreeM
     assert_eq!(cost!(content_blocks(long_blob, 999_999, 1_000_000)).len(), 1);
     let newest = db.newest_artifact(&job, "new", BEFORE).await.unwrap().unwrap();
     assert!(cost!(delete_artifact(&newest, BEFORE)));
+    // Files of a container that has many.
+    let job = filler();
+    let name = format!("files-{number}");
+    cost!(open_container(&new_container(&job, &name)));
+    let Created::Upload(id) = cost!(open_container(&new_container(&job, "files")) "open_container again") else {
+        panic!("it may be joined");
+    };
+    let container = cost!(container(&job, id, NOW)).unwrap().blob;
+    let sums = ChunkSums {
+        crc32: 0,
+        tail: Vec::new(),
+        core_crc64: 0,
+        header_bytes: None,
+    };
+    let block = Block {
+        object_key: ObjectKey::fresh(container),
+        object_offset: 0,
+        size_bytes: 1,
+        crc64: 0,
+    };
+    let new = NewChunk {
+        container,
+        path: &name,
+        job_backend_id: "build",
+        encoding: Encoding::Identity,
+        length_bytes: 1,
+        total_bytes: 1,
+        file_offset: 0,
+        block: Some(&block),
+        sums: &sums,
+        max_files: 1_000_000,
+        max_chunks: 1,
+        now_ms: NOW,
+    };
+    assert_eq!(cost!(stage_chunk(&new)), Staged::Done);
+    let again = NewChunk {
+        block: Some(&Block {
+            object_key: ObjectKey::fresh(container),
+            ..block
+        }),
+        ..new
+    };
+    assert_eq!(
+        cost!(stage_chunk(&again) "stage_chunk of a file that is there"),
+        Staged::Done
+    );
+    assert!(cost!(file(container, &name)).is_some());
+    assert_eq!(cost!(chunks(container, &name, &name)).len(), 1);
+    assert_eq!(cost!(files(container, "file-15", 1)).len(), 1);
+    let publication = cost!(publication(&job, "files", NOW)).unwrap();
+    assert!(!cost!(is_outdated(&publication)));
+    let (zip, given_up) = (BlobId::fresh(), BlobId::fresh());
+    cost!(begin_zip(zip, NOW));
+    cost!(add_content(zip, &[(0, again.block.unwrap().clone())]));
+    assert!(cost!(publish(&publication, zip, 1, 1, NOW)));
+    db.pass_verification(zip, &Sha256([7; 32])).await.unwrap();
+    db.begin_zip(given_up, NOW).await.unwrap();
+    cost!(discard_zip(given_up, NOW));
     // A cache.
     let main = "refs/heads/main";
     let new_key = format!("new-{number}");
@@ -420,6 +531,9 @@ async fn nothing_costs_more_with_more_rows(url: String) {
             "blocks",
             "cache_entries",
             "cache_repositories",
+            "chunks",
+            "containers",
+            "files",
             "garbage",
         ] {
             raw.execute(&format!("ALTER TABLE {table} SET (autovacuum_enabled = false)"))
@@ -455,6 +569,11 @@ async fn nothing_costs_more_with_more_rows(url: String) {
     fill(&raw, 1, 2_000, NOW, Fate::Shown).await;
     fill_caches(&raw, 1_000_000, 1_001_999, NOW, "refs/heads/main", true).await;
     raw.execute(COUNT_CACHES).await;
+    let Created::Upload(files) = db.open_container(&new_container(&filler(), "files")).await.unwrap() else {
+        panic!("it is new");
+    };
+    let container = db.container(&filler(), files, NOW).await.unwrap().unwrap().blob;
+    fill_files(&raw, container, 1, 2_000).await;
     // The first time, statements are prepared.
     costs(&db, &meter, 1, long_blob).await;
     let mut few = costs(&db, &meter, 2, long_blob).await;
@@ -467,6 +586,7 @@ async fn nothing_costs_more_with_more_rows(url: String) {
     fill_caches(&raw, 2_000_000, 2_005_000, NOW, "refs/heads/other", false).await;
     fill_caches(&raw, 3_000_001, 3_000_999, NOW, "refs/heads/feature", true).await;
     raw.execute(COUNT_CACHES).await;
+    fill_files(&raw, container, 2_001, 20_000).await;
     costs(&db, &meter, 3, long_blob).await;
     let many = costs(&db, &meter, 4, long_blob).await;
     assert_eq!(grown(&few, &many), [""; 0], "with more that is finalized: {few:?}");

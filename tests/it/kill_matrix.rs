@@ -47,6 +47,8 @@ enum Drive {
 const UPLOAD: Drive = Drive::Client("artifact-6.2.1", "small");
 const LARGE_UPLOAD: Drive = Drive::Client("artifact-6.2.1", "tar300");
 const DELETE: Drive = Drive::Client("artifact-6.2.1", "delete");
+/// A file of two chunks, which do not pack.
+const FILES: Drive = Drive::Client("artifact-1.1.3", "big");
 const SDK_BLOCKS: Drive = Drive::Client("storage-blob", "blocks");
 const SDK_PUT_BLOB: Drive = Drive::Client("storage-blob", "putblob");
 const VERIFIED: Drive = Drive::Verified("artifact-6.2.1", "small");
@@ -91,6 +93,14 @@ matrix! {
     finalize_before_hash: UPLOAD,
     finalize_before_commit: UPLOAD,
     finalize_after_commit: UPLOAD,
+    container_before_commit: FILES,
+    container_committed: FILES,
+    chunk_stored: FILES,
+    chunk_before_commit: FILES,
+    chunk_committed: FILES,
+    publish_zip_made: FILES,
+    publish_before_commit: FILES,
+    publish_after_commit: FILES,
     verify_claimed: VERIFIED,
     verify_before_pass: VERIFIED,
     verify_before_reject: Drive::WrongHash,

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
 mod artifacts_api;
+mod artifacts_v3;
 mod bad_inputs;
 mod bounds;
 mod cache_api;

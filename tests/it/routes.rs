@@ -23,7 +23,10 @@ async fn every_route_is_guarded_as_declared() {
     let blob = uuid::Uuid::now_v7();
     let mut public = Vec::new();
     for (pattern, caller) in map.routes() {
-        let path = pattern.replace("{kind}", "art").replace("{id}", &blob.to_string());
+        let path = pattern
+            .replace("{kind}", "art")
+            .replace("{id}", &blob.to_string())
+            .replace("{run_id}", "1");
         match caller {
             Caller::RuntimeToken => {
                 let json = ("content-type", "application/json");

@@ -51,6 +51,8 @@ pub fn run_client(runner: &Runner, client: &str, cases: &str) -> Vec<Outcome> {
     let log = directory.path().join("stderr.log");
     let script = if client.starts_with("cache-") {
         "tests/e2e/cache.mjs"
+    } else if client.starts_with("artifact-1.") {
+        "tests/e2e/files.mjs"
     } else {
         "tests/e2e/client.mjs"
     };
@@ -60,7 +62,10 @@ pub fn run_client(runner: &Runner, client: &str, cases: &str) -> Vec<Outcome> {
         .args([client, cases])
         .env("ACTIONS_RESULTS_URL", format!("{}/", runner.url))
         .env("ACTIONS_CACHE_URL", format!("{}/", runner.url))
+        .env("ACTIONS_RUNTIME_URL", format!("{}/", runner.url))
         .env("ACTIONS_RUNTIME_TOKEN", &runner.token)
+        // Every runner's job is of this run.
+        .env("GITHUB_RUN_ID", "1")
         .env("GITHUB_SERVER_URL", "https://github.com")
         .env("GITHUB_WORKSPACE", directory.path())
         .env("RUNNER_TEMP", directory.path())
