@@ -137,12 +137,16 @@ impl<'a> Case<'a> {
             let refusal = (reply.status >= 400).then(|| expected(row, &row.codes, self.refused));
             let target = line.split(' ').nth(1).unwrap();
             if target.starts_with("/_apis/") {
-                let answer = reply.json();
-                assert!(
-                    answer["message"].as_str().is_some_and(|text| !text.is_empty()),
-                    "{}",
-                    what()
-                );
+                if refusal.is_some() {
+                    let answer = reply.json();
+                    assert_eq!(reply.header("content-type"), Some("application/json"), "{}", what());
+                    let message = answer["message"].as_str();
+                    assert!(
+                        message.is_some_and(|message| !message.is_empty()),
+                        "{} {answer}",
+                        what()
+                    );
+                }
             } else if target.contains("/twirp/") {
                 let answer = reply.json();
                 assert_eq!(reply.header("content-type"), Some("application/json"), "{}", what());
