@@ -202,23 +202,22 @@ impl Pass<'_> {
             return Ok(());
         }
         loop {
+            let before = self.report.evicted_cache_entries;
             let large = parts
                 .db
                 .large_caches(settings.max_bytes_per_repository, self.batch())
                 .await?;
-            let mut evicted = 0;
             for cache in large {
                 let Some(now_ms) = self.hold().await? else {
                     return Ok(());
                 };
                 let begun = Instant::now();
                 let unused = parts.db.least_used_cache_entries(cache, self.batch()).await?;
-                evicted += parts.db.evict_cache_entries(&unused, "evicted", now_ms).await?;
+                self.report.evicted_cache_entries += parts.db.evict_cache_entries(&unused, "evicted", now_ms).await?;
                 failpoint::reach("clean_evicted");
                 give_way(begun).await;
             }
-            self.report.evicted_cache_entries += evicted;
-            if evicted == 0 {
+            if self.report.evicted_cache_entries == before {
                 return Ok(());
             }
         }

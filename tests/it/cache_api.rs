@@ -33,6 +33,8 @@ pub struct CacheJob<'a> {
 fn token(server: &TestServer, run: &str, scopes: &[(&str, u8)], more: Value) -> String {
     let now_ms = server.clock.load(Ordering::Relaxed);
     let mut claims = issuer::claims("forge", "octo/demo", run, "build", now_ms);
+    // Longer than reservations.
+    claims["exp"] = json!(now_ms / 1000 + 6 * 3600);
     let ac: Vec<_> = scopes
         .iter()
         .map(|(scope, permission)| json!({ "Scope": scope, "Permission": permission }))
