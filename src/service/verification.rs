@@ -69,7 +69,11 @@ impl Services {
         size_bytes: u64,
         mut claim: Option<Claim>,
     ) -> Result<Option<Sha256>> {
-        let _place = self.hashing.acquire().await.map_err(|_| Error::Busy("the server stops".to_owned()))?;
+        let _place = self
+            .hashing
+            .acquire()
+            .await
+            .map_err(|_| Error::Busy("the server stops".to_owned()))?;
         let blocks = self.db.content_blocks(blob, 0, size_bytes).await?;
         let mut bytes = self.store.read(storage::window(blocks, 0..size_bytes)?).await?;
         let mut hasher = sha2::Sha256::new();
