@@ -10,11 +10,6 @@ use wharfinger::cli::{self, Cli};
 use wharfinger::config::{Config, LogFormat, LogSettings};
 use wharfinger::failpoint;
 
-/// The system's allocator gives each megabyte of a download back and pays for fresh pages for the next: a third more
-/// CPU time.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     // Wrong usage ends here, with exit code 2.
     let cli = Cli::parse();

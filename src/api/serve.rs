@@ -62,7 +62,7 @@ impl Settings {
 }
 
 /// hyper's read buffer: what a connection may hold of a body at once.
-const MAX_BUFFER_BYTES: usize = 64 * 1024;
+const MAX_BUFFER_BYTES: usize = 128 * 1024;
 /// After an error of accept (too few file descriptors) the loop waits before it tries again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 

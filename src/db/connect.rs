@@ -24,6 +24,9 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A connection that was used less than this ago is not asked whether it still is one: that is a trip to the server.
 const KNOWN_GOOD_FOR: Duration = Duration::from_secs(1);
 
+/// Rows that SQLite's thread hands over before it waits for somebody to take one: with few, a long list is all waiting.
+const SQLITE_ROWS: usize = 1024;
+
 /// The `[database]` section of the configuration.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -114,6 +117,7 @@ impl Db {
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             .busy_timeout(sqlite::TIMEOUT)
+            .row_buffer_size(SQLITE_ROWS)
             .foreign_keys(true);
         Sqlite::open(&options, durable)
             .await

@@ -32,7 +32,7 @@ impl Sqlite {
     pub(super) async fn open(options: &SqliteConnectOptions, durable: SqliteSynchronous) -> Result<Self, sqlx::Error> {
         let turn = Arc::new(Semaphore::new(1));
         let lane = |places: &Arc<Semaphore>, synchronous| Lane {
-            options: options.clone().synchronous(synchronous),
+            options: Arc::new(options.clone().synchronous(synchronous)),
             idle: Arc::default(),
             places: Arc::clone(places),
         };
@@ -61,7 +61,7 @@ impl Sqlite {
 
     /// How to open what `durable` would lend.
     pub(super) fn durable_options(&self) -> SqliteConnectOptions {
-        self.durable.options.clone()
+        self.durable.options.as_ref().clone()
     }
 
     /// Waits until all connections are back and closes them. Nobody is lent one afterwards.
@@ -85,7 +85,7 @@ impl Sqlite {
 /// Connections of one kind.
 #[derive(Clone, Debug)]
 struct Lane {
-    options: SqliteConnectOptions,
+    options: Arc<SqliteConnectOptions>,
     idle: Arc<Mutex<Vec<Idle>>>,
     /// As many as may be lent at once; the two writers share one.
     places: Arc<Semaphore>,

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde::Deserialize;
 use uuid::Uuid;
 
@@ -46,6 +47,8 @@ pub struct Report {
 }
 
 const LEASE: &str = "cleaner";
+/// Blobs, and objects of each, that are deleted at once: a bucket answers after tens of milliseconds.
+const AT_ONCE: usize = 8;
 /// More than this off the database's clock, a replica does not trust its own and does not clean.
 const MAX_CLOCK_SKEW_MS: i64 = 60_000;
 
@@ -103,6 +106,45 @@ impl Services {
         // If this fails the lease runs out by itself.
         let _ = self.db.release_lease(LEASE, holder).await;
         outcome
+    }
+}
+
+/// What a pass does to many at once. Each returns how many objects it deleted.
+impl Services {
+    async fn empty(self, blob: BlobId, now_ms: i64) -> Result<u64> {
+        let mut keys = self.db.objects_of(blob).await?;
+        let rest = keys.split_off(keys.len() / 2);
+        let halved = !keys.is_empty();
+        let mut deleted = self.delete_unused(keys).await?;
+        if halved {
+            failpoint::reach("clean_half_of_blocks_deleted");
+        }
+        deleted += self.delete_unused(rest).await?;
+        failpoint::reach("clean_before_emptied");
+        self.db.mark_emptied(blob, now_ms).await?;
+        Ok(deleted)
+    }
+
+    async fn collect(self, garbage: ObjectKey) -> Result<u64> {
+        let deleted = self.clone().delete_if_unused(garbage.clone()).await?;
+        failpoint::reach("clean_garbage_deleted");
+        self.db.drop_garbage(&garbage).await?;
+        Ok(deleted)
+    }
+
+    async fn delete_unused(&self, keys: Vec<ObjectKey>) -> Result<u64> {
+        let deletes = stream::iter(keys).map(|key| self.clone().delete_if_unused(key));
+        deletes.buffer_unordered(AT_ONCE).try_fold(0, sum).await
+    }
+
+    /// The one place that deletes an object: only if no living blob has a row that names it.
+    async fn delete_if_unused(self, key: ObjectKey) -> Result<u64> {
+        if self.db.is_object_in_use(&key).await? {
+            return Ok(0);
+        }
+        self.store.delete(&key).await?;
+        failpoint::reach("clean_object_deleted");
+        Ok(1)
     }
 }
 
@@ -202,23 +244,22 @@ impl Pass<'_> {
             return Ok(());
         }
         loop {
+            let before = self.report.evicted_cache_entries;
             let large = parts
                 .db
                 .large_caches(settings.max_bytes_per_repository, self.batch())
                 .await?;
-            let mut evicted = 0;
             for cache in large {
                 let Some(now_ms) = self.hold().await? else {
                     return Ok(());
                 };
                 let begun = Instant::now();
                 let unused = parts.db.least_used_cache_entries(cache, self.batch()).await?;
-                evicted += parts.db.evict_cache_entries(&unused, "evicted", now_ms).await?;
+                self.report.evicted_cache_entries += parts.db.evict_cache_entries(&unused, "evicted", now_ms).await?;
                 failpoint::reach("clean_evicted");
                 give_way(begun).await;
             }
-            self.report.evicted_cache_entries += evicted;
-            if evicted == 0 {
+            if self.report.evicted_cache_entries == before {
                 return Ok(());
             }
         }
@@ -230,18 +271,10 @@ impl Pass<'_> {
         while let Some(now_ms) = self.hold().await? {
             let dead_since_ms = now_ms - millis(parts.settings.cleaner.delete_grace);
             let blobs = parts.db.blobs_to_empty(dead_since_ms, self.batch()).await?;
-            for &blob in &blobs {
-                let keys = parts.db.objects_of(blob).await?;
-                for (deleted, key) in keys.iter().enumerate() {
-                    if deleted > 0 && deleted == keys.len() / 2 {
-                        failpoint::reach("clean_half_of_blocks_deleted");
-                    }
-                    self.delete_unused(key).await?;
-                }
-                failpoint::reach("clean_before_emptied");
-                parts.db.mark_emptied(blob, now_ms).await?;
-            }
-            if blobs.is_empty() {
+            let is_last = blobs.is_empty();
+            let emptied = stream::iter(blobs).map(|blob| self.services.clone().empty(blob, now_ms));
+            self.report.deleted_objects += emptied.buffer_unordered(AT_ONCE).try_fold(0, sum).await?;
+            if is_last {
                 break;
             }
         }
@@ -255,7 +288,7 @@ impl Pass<'_> {
             let dead_since_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let blobs = parts.db.blobs_to_drop(dead_since_ms, self.batch()).await?;
             for &blob in &blobs {
-                self.delete_leftovers(blob, &HashSet::new()).await?;
+                self.report.deleted_objects += self.delete_leftovers(blob, &HashSet::new()).await?;
                 parts.store.remove_prefix(blob).await?;
                 failpoint::reach("clean_before_drop");
                 parts.db.drop_blob(blob).await?;
@@ -276,7 +309,7 @@ impl Pass<'_> {
             let blobs = parts.db.blobs_to_sweep(sealed_before_ms, self.batch()).await?;
             for &blob in &blobs {
                 let named = parts.db.objects_of(blob).await?.into_iter().collect();
-                self.delete_leftovers(blob, &named).await?;
+                self.report.deleted_objects += self.delete_leftovers(blob, &named).await?;
                 failpoint::reach("clean_before_swept");
                 parts.db.mark_swept(blob, now_ms).await?;
             }
@@ -287,13 +320,11 @@ impl Pass<'_> {
         Ok(())
     }
 
-    async fn delete_leftovers(&mut self, blob: BlobId, named: &HashSet<ObjectKey>) -> Result<()> {
-        for object in self.services.store.list(blob).await? {
-            if !named.contains(&object.key) {
-                self.delete_unused(&object.key).await?;
-            }
-        }
-        Ok(())
+    /// Returns how many there were.
+    async fn delete_leftovers(&self, blob: BlobId, named: &HashSet<ObjectKey>) -> Result<u64> {
+        let objects = self.services.store.list(blob).await?.into_iter();
+        let leftovers = objects.map(|object| object.key).filter(|key| !named.contains(key));
+        self.services.delete_unused(leftovers.collect()).await
     }
 
     /// Deletes the objects that a transaction recorded as named by no row any more.
@@ -301,24 +332,12 @@ impl Pass<'_> {
         let Services(parts) = self.services;
         while self.hold().await?.is_some() {
             let garbage = parts.db.garbage(self.batch()).await?;
-            for key in &garbage {
-                self.delete_unused(key).await?;
-                failpoint::reach("clean_garbage_deleted");
-                parts.db.drop_garbage(key).await?;
-            }
-            if garbage.is_empty() {
+            let is_last = garbage.is_empty();
+            let collected = stream::iter(garbage).map(|key| self.services.clone().collect(key));
+            self.report.deleted_objects += collected.buffer_unordered(AT_ONCE).try_fold(0, sum).await?;
+            if is_last {
                 break;
             }
-        }
-        Ok(())
-    }
-
-    /// The one place that deletes an object: only if no living blob has a row that names it.
-    async fn delete_unused(&mut self, key: &ObjectKey) -> Result<()> {
-        if !self.services.db.is_object_in_use(key).await? {
-            self.services.store.delete(key).await?;
-            failpoint::reach("clean_object_deleted");
-            self.report.deleted_objects += 1;
         }
         Ok(())
     }
@@ -332,6 +351,10 @@ impl Pass<'_> {
         metrics::counter!("wharfinger_cleaner_dropped_blobs_total").increment(self.report.dropped_blobs);
         metrics::counter!("wharfinger_cleaner_passes_total").increment(1);
     }
+}
+
+async fn sum(so_far: u64, more: u64) -> Result<u64> {
+    Ok(so_far + more)
 }
 
 /// Rests for as long as a step lasted, so that requests which waited for it have the database to themselves.

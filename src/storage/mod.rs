@@ -3,6 +3,7 @@
 //! `service/` puts blocks in, reads windows of blobs out and deletes what no row names any more.
 //! Never knows HTTP requests, SQL or who may do what; never overwrites an object.
 
+mod buffers;
 mod disk;
 mod intake;
 mod object;
@@ -82,7 +83,7 @@ impl BlockStore {
     /// What one [`Self::put`] holds of its body at most, with what is read from the client ahead of it.
     pub const PUT_HOLDS_BYTES: u64 = 512 * 1024;
     /// What one [`BlockReader`] and the reply that it feeds hold at most: the chunk on its way and the next.
-    pub const READ_HOLDS_BYTES: u64 = 2 * disk::READ_CHUNK_BYTES;
+    pub const READ_HOLDS_BYTES: u64 = 2 * disk::READ_CHUNK_BYTES as u64;
 
     /// Opens the configured store and checks that it can be used. `data_dir` matters to a disk only;
     /// `ca_file` is a PEM bundle of further authorities that may vouch for an S3 server.

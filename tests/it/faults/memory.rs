@@ -15,6 +15,7 @@ use crate::common::{Backend, postgres_database};
 const UPLOADS: usize = 200;
 const MIB: usize = 1 << 20;
 const CAP_MIB: usize = 256;
+const AFTER_MIB: usize = 64;
 /// What every upload sends, again and again.
 static PIECE: [u8; 64 << 10] = [0x5a; 64 << 10];
 /// What the server is told about memory, and to leave out what only takes time here.
@@ -42,11 +43,16 @@ async fn put(job: &RemoteJob, link: &str, size_bytes: usize) -> usize {
     }
 }
 
-/// The most memory that a process has had, in MiB.
-fn peak_mib(pid: u32) -> usize {
+/// What the kernel says of a process' memory under this name, in MiB.
+fn mib(pid: u32, name: &str) -> usize {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    peak.trim().strip_suffix(" kB").unwrap().parse::<usize>().unwrap() / 1024
+    let value = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    value.trim().strip_suffix(" kB").unwrap().parse::<usize>().unwrap() / 1024
+}
+
+/// The most that a process has had, in MiB.
+fn peak_mib(pid: u32) -> usize {
+    mib(pid, "VmHWM:")
 }
 
 async fn uploads_fit_in_memory(backend: Backend, size_bytes: usize) {
@@ -81,6 +87,10 @@ async fn uploads_fit_in_memory(backend: Backend, size_bytes: usize) {
     );
     assert!(peak < CAP_MIB, "{backend:?}: {peak} MiB");
     job.finalize("large-0", size_bytes).await;
+    // What the burst took is the system's again: it was hundreds of streams, and a few buffers are kept.
+    let after = mib(server.pid(), "RssAnon:");
+    println!("{backend:?}: {after} MiB after it");
+    assert!(after < AFTER_MIB, "{backend:?}: {after} MiB after the burst");
     assert_eq!(server.terminate(), Some(0));
 }
 
