@@ -799,12 +799,15 @@ impl Db {
             .execute(&mut *tx)
             .await?
             .rows_affected();
-            let kept =
-                sqlx::query("UPDATE blobs SET state = 'committed' WHERE id = $1 AND state IN ('staging', 'committed')")
-                    .bind(publication.container.0)
-                    .execute(&mut *tx)
-                    .await?
-                    .rows_affected();
+            let kept = sqlx::query(
+                "UPDATE blobs SET state = 'committed', changed_at_ms = $2, cleaned_at_ms = NULL
+                 WHERE id = $1 AND state IN ('staging', 'committed')",
+            )
+            .bind(publication.container.0)
+            .bind(now_ms)
+            .execute(&mut *tx)
+            .await?
+            .rows_affected();
             let current = sqlx::query(
                 "UPDATE containers SET published_revision = $3, published_bytes = $4
                  WHERE blob_id = $1 AND replaced_count = $2",

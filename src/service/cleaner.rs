@@ -255,7 +255,7 @@ impl Pass<'_> {
             let dead_since_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let blobs = parts.db.blobs_to_drop(dead_since_ms, self.batch()).await?;
             for &blob in &blobs {
-                self.delete_leftovers(blob, &HashSet::new()).await?;
+                self.delete_leftovers(blob, &HashSet::new(), i64::MAX).await?;
                 parts.store.remove_prefix(blob).await?;
                 failpoint::reach("clean_before_drop");
                 parts.db.drop_blob(blob).await?;
@@ -276,7 +276,7 @@ impl Pass<'_> {
             let blobs = parts.db.blobs_to_sweep(sealed_before_ms, self.batch()).await?;
             for &blob in &blobs {
                 let named = parts.db.objects_of(blob).await?.into_iter().collect();
-                self.delete_leftovers(blob, &named).await?;
+                self.delete_leftovers(blob, &named, i64::MAX).await?;
                 failpoint::reach("clean_before_swept");
                 parts.db.mark_swept(blob, now_ms).await?;
             }
@@ -284,12 +284,26 @@ impl Pass<'_> {
                 break;
             }
         }
+        while let Some(now_ms) = self.hold().await? {
+            let settled_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
+            let containers = parts.db.containers_to_sweep(settled_ms, self.batch()).await?;
+            for &blob in &containers {
+                let named = parts.db.objects_of(blob).await?.into_iter().collect();
+                // Chunks may still be coming: what is younger than any request may be named yet.
+                self.delete_leftovers(blob, &named, settled_ms).await?;
+                parts.db.mark_container_swept(blob, now_ms).await?;
+            }
+            if containers.is_empty() {
+                break;
+            }
+        }
         Ok(())
     }
 
-    async fn delete_leftovers(&mut self, blob: BlobId, named: &HashSet<ObjectKey>) -> Result<()> {
+    /// Deletes the objects below a blob's prefix that are not named and were made at or before `until_ms`.
+    async fn delete_leftovers(&mut self, blob: BlobId, named: &HashSet<ObjectKey>, until_ms: i64) -> Result<()> {
         for object in self.services.store.list(blob).await? {
-            if !named.contains(&object.key) {
+            if object.modified_ms <= until_ms && !named.contains(&object.key) {
                 self.delete_unused(&object.key).await?;
             }
         }

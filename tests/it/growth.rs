@@ -488,6 +488,8 @@ async fn costs(db: &Db, meter: &Meter, number: i64, long_blob: BlobId) -> BTreeM
     assert_eq!(cost!(expire_artifacts(NOW, 500)), 0);
     assert_eq!(cost!(abandon_uploads(BEFORE, NOW, 500)), 0);
     assert_eq!(cost!(blobs_to_sweep(BEFORE, 500)), []);
+    assert_eq!(cost!(containers_to_sweep(BEFORE, 500)), []);
+    cost!(mark_container_swept(container, NOW));
     assert_eq!(cost!(blobs_to_empty(NOW - 1, 500)), [uploaded]);
     let objects = cost!(objects_of(uploaded));
     assert!(!cost!(is_object_in_use(&objects[0])));
