@@ -253,11 +253,6 @@ impl Config {
             || "must not be longer than artifacts.max_retention".to_owned(),
         )?;
         require(
-            self.cache.reservation_ttl <= self.uploads.abandoned_after,
-            "cache.reservation_ttl",
-            || "must not be longer than uploads.abandoned_after".to_owned(),
-        )?;
-        require(
             self.uploads.abandoned_after >= self.uploads.link_ttl,
             "uploads.abandoned_after",
             || "must not be shorter than uploads.link_ttl: while its link works, an upload is not abandoned".to_owned(),

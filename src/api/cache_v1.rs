@@ -41,7 +41,9 @@ pub struct LookUp {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct ArtifactCacheEntry {
-    archive_location: String,
+    /// In a list nobody reads it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    archive_location: Option<String>,
     cache_key: String,
     scope: String,
     cache_version: String,
@@ -65,7 +67,7 @@ pub async fn look_up(
         .await?;
     Ok(match hit {
         Some(hit) => Json(ArtifactCacheEntry {
-            archive_location: hit.link,
+            archive_location: Some(hit.link),
             cache_key: hit.key,
             scope: hit.scope,
             cache_version: version,
@@ -76,19 +78,42 @@ pub async fn look_up(
     })
 }
 
+#[derive(Debug, Deserialize)]
+pub struct Listing {
+    key: String,
+}
+
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ArtifactCacheList {
-    total_count: u32,
-    artifact_caches: [(); 0],
+    total_count: usize,
+    artifact_caches: Vec<ArtifactCacheEntry>,
 }
 
-/// What a client in debug mode asks after a miss, to show which keys would have been near. None are told.
-pub async fn list() -> Json<ArtifactCacheList> {
-    Json(ArtifactCacheList {
-        total_count: 0,
-        artifact_caches: [],
-    })
+/// What a client in debug mode asks after a miss, to show entries of other versions and scopes.
+pub async fn list(
+    State(context): State<Context>,
+    Extension(principal): Extension<Principal>,
+    query: Result<Query<Listing>, QueryRejection>,
+) -> Reply<Json<ArtifactCacheList>> {
+    let Query(Listing { key }) = query.map_err(|error| Error::Malformed(error.body_text()))?;
+    let artifact_caches: Vec<_> = context
+        .services
+        .list_caches(&principal, &key)
+        .await?
+        .into_iter()
+        .map(|entry| ArtifactCacheEntry {
+            archive_location: None,
+            cache_key: entry.key,
+            scope: entry.scope,
+            cache_version: entry.version,
+            creation_time: format_timestamp(entry.created_at_ms),
+        })
+        .collect();
+    Ok(Json(ArtifactCacheList {
+        total_count: artifact_caches.len(),
+        artifact_caches,
+    }))
 }
 
 #[derive(Debug, Deserialize)]

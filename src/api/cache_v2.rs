@@ -94,7 +94,6 @@ pub struct FinalizeCacheEntryUploadResponse {
     message: String,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 fn is_0(number: &i64) -> bool {
     *number == 0
 }

@@ -177,7 +177,6 @@ pub fn int64_or_0<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::
 }
 
 /// Writes an int64 as a string, as protobuf's JSON mapping wants it. For `#[serde(serialize_with)]`.
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 pub fn as_text<S: Serializer>(number: &i64, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(number)
 }

@@ -71,6 +71,15 @@ pub struct FoundCacheEntry {
     pub last_used_at_ms: i64,
 }
 
+/// A row of a list of entries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedCacheEntry {
+    pub scope: String,
+    pub key: String,
+    pub version: String,
+    pub created_at_ms: i64,
+}
+
 /// An entry that the cleaner may take out, as long as it is as it was seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Evictable {
@@ -409,6 +418,45 @@ impl Db {
                 last_used_at_ms,
             },
         ))
+    }
+
+    /// Finalized entries among the wanted keys, of all versions, newest first. Reads all of the scopes' entries: for
+    /// people who look for a mistake, not for jobs.
+    pub async fn list_cache_entries(
+        &self,
+        run: &RunKey,
+        wanted: &[WantedKeys<'_>],
+        limit: i64,
+    ) -> Result<Vec<ListedCacheEntry>> {
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rows: Vec<(String, String, String, i64)> = on!(self, readers, |conn| {
+            let mut query = sqlx::QueryBuilder::new("WITH wanted (scope, low, high) AS (");
+            query.push_values(wanted, |mut row, keys| {
+                row.push_bind(keys.scope).push_bind(keys.low).push_bind(keys.high);
+            });
+            query
+                .push(
+                    ") SELECT e.scope, e.key, e.version, e.created_at_ms
+                     FROM wanted w, cache_repositories r, cache_entries e
+                     WHERE e.repository_id = r.id AND e.scope = w.scope AND e.key >= w.low AND e.key <= w.high
+                         AND e.state = 'finalized' AND r.issuer = ",
+                )
+                .push_bind(run.issuer.as_str())
+                .push(" AND r.repository = ")
+                .push_bind(run.repository.as_str())
+                .push(" ORDER BY e.finalized_at_ms DESC, e.id DESC LIMIT ")
+                .push_bind(limit);
+            query.build_query_as().fetch_all(conn).await?
+        });
+        let listed = |(scope, key, version, created_at_ms)| ListedCacheEntry {
+            scope,
+            key,
+            version,
+            created_at_ms,
+        };
+        Ok(rows.into_iter().map(listed).collect())
     }
 
     /// Notes that an entry was used at `now_ms`.

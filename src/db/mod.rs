@@ -16,7 +16,8 @@ mod sqlite;
 pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
 pub use blobs::{Committed, ListEntry, ListSource, ReadableBlob, StagedBlock, Verification, WritableBlob};
 pub use caches::{
-    CacheCandidate, Evictable, FoundCacheEntry, LargeCache, NewCacheEntry, Reservation, Reserved, WantedKeys,
+    CacheCandidate, Evictable, FoundCacheEntry, LargeCache, ListedCacheEntry, NewCacheEntry, Reservation, Reserved,
+    WantedKeys,
 };
 pub use checking::{Miscount, Overdue, SealedBlob, Standing};
 pub use connect::Settings;

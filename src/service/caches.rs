@@ -12,8 +12,8 @@ use serde::Deserialize;
 use super::uploads::Upload;
 use super::{Services, millis};
 use crate::db::{
-    CacheCandidate, FoundCacheEntry, ListEntry, ListSource, NewCacheEntry, Reservation, Reserved, StagedBlock,
-    WantedKeys,
+    CacheCandidate, FoundCacheEntry, ListEntry, ListSource, ListedCacheEntry, NewCacheEntry, Reservation, Reserved,
+    StagedBlock, WantedKeys,
 };
 use crate::error::{Error, Result};
 use crate::failpoint;
@@ -57,6 +57,8 @@ const MAX_VERSION_BYTES: usize = 128;
 const MAX_SCOPE_BYTES: usize = 384;
 /// How often Finalize looks again when the content changes under it.
 const FINALIZE_TRIES: usize = 8;
+/// Entries in a list.
+const LIST_LIMIT: i64 = 100;
 /// An entry's use is noted no more often than this, so that most look-ups write nothing.
 const NOTE_USE_EVERY_MS: i64 = 5 * 60 * 1000;
 
@@ -359,6 +361,25 @@ impl Services {
             scope: found.scope,
             created_at_ms: found.created_at_ms,
         }))
+    }
+
+    /// The newest entries of any version whose keys begin with `prefix`, in the scopes that the principal may read: for
+    /// whoever wonders why a look-up missed.
+    ///
+    /// # Errors
+    /// As [`Services::look_up_cache`].
+    pub async fn list_caches(&self, principal: &Principal, prefix: &str) -> Result<Vec<ListedCacheEntry>> {
+        check_key(prefix)?;
+        let (low, high) = (prefix, last_with_prefix(prefix));
+        let wanted: Vec<_> = readable_scopes(principal)?
+            .into_iter()
+            .map(|scope| WantedKeys {
+                scope,
+                low,
+                high: &high,
+            })
+            .collect();
+        self.db.list_cache_entries(&principal.run, &wanted, LIST_LIMIT).await
     }
 
     /// Keeps an entry that is used from being the next to go. Without it the look-up is as good.
