@@ -8,8 +8,9 @@ seconds=${FUZZ_SECONDS:-60}
 
 # The product's versions of everything.
 [ Cargo.lock -nt ../Cargo.lock ] || cp ../Cargo.lock Cargo.lock
-cargo build --release
-bin=$(ls -d target/*/release | grep -v '^target/release')
+# The environment's flags would take the place of those in .cargo/config.toml.
+env -u RUSTFLAGS cargo build --release --target-dir target
+bin=target/$(rustc -vV | sed -n 's/^host: //p')/release
 
 if [ -f "${2:-}" ]; then
     exec "$bin/$1" "$2"
