@@ -47,7 +47,6 @@ pub struct Container {
     pub blob: BlobId,
     /// What its chunks add up to.
     pub stored_bytes: u64,
-    pub created_at_ms: i64,
     /// The artifact's bytes turned out missing or changed.
     pub lost: bool,
 }
@@ -216,7 +215,6 @@ struct ContainerRow {
     run_attempt: i32,
     container_id: Uuid,
     size_bytes: i64,
-    created_at_ms: i64,
     state: String,
 }
 
@@ -396,7 +394,7 @@ impl Db {
         let run = &principal.run;
         let row: Option<ContainerRow> = on!(self, readers, |conn| {
             sqlx::query_as(
-                "SELECT a.id, a.name, a.run_attempt, a.container_id, b.size_bytes, a.created_at_ms, a.state
+                "SELECT a.id, a.name, a.run_attempt, a.container_id, b.size_bytes, a.state
                  FROM artifacts a JOIN blobs b ON b.id = a.container_id
                  WHERE a.id = $1 AND a.issuer = $2 AND a.repository = $3 AND a.run_backend_id = $4
                      AND a.run_attempt <= $5 AND a.expires_at_ms > $6",
@@ -417,7 +415,6 @@ impl Db {
                 run_attempt: row.run_attempt,
                 blob: BlobId(row.container_id),
                 stored_bytes: unsigned(row.size_bytes)?,
-                created_at_ms: row.created_at_ms,
                 lost: row.state == "lost",
             })
         })
