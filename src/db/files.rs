@@ -253,8 +253,11 @@ const DISCARD_OBJECTS: &str = "INSERT INTO garbage (object_key, blob_id, created
     WHERE c.file_id = $1
         AND NOT EXISTS (SELECT 1 FROM blocks o WHERE o.object_key = b.object_key AND o.blob_id <> b.blob_id)
     ON CONFLICT (object_key) DO NOTHING";
-const FORGET_BLOCKS: &str = "DELETE FROM blocks WHERE blob_id = $2 AND start_offset IS NULL
-    AND block_id IN (SELECT block_id FROM chunks WHERE file_id = $1)";
+/// And they are forgotten; found by their objects, because SQLite would look at all blocks of the container.
+const FORGET_BLOCKS: &str = "DELETE FROM blocks WHERE start_offset IS NULL AND object_key IN (
+    SELECT b.object_key
+    FROM chunks c JOIN blocks b ON b.blob_id = $2 AND b.block_id = c.block_id AND b.start_offset IS NULL
+    WHERE c.file_id = $1)";
 
 /// The chunks of files, without an end to the condition.
 const CHUNKS: &str = "SELECT c.file_id, c.file_offset, c.crc32, c.tail, c.core_crc64,
