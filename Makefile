@@ -1,7 +1,7 @@
 # cargo is all it takes to build and run; `make test` installs what else the tests need.
 NODE = .tools/node/bin/node
 
-.PHONY: run check test test-long bench lint-containers
+.PHONY: run check test test-long bench fuzz lint-containers
 
 run:
 	cargo run --release --locked
@@ -9,7 +9,7 @@ run:
 check:
 	cargo fmt --check
 	cargo clippy --release --locked --all-targets -- -D warnings
-	cargo clippy --release --locked --all-targets --features failpoints -- -D warnings
+	cargo clippy --release --locked --all-targets --features failpoints,fuzzing -- -D warnings
 
 test:
 	tests/install.sh
@@ -30,6 +30,11 @@ test-long:
 bench:
 	tests/install.sh bench
 	cargo bench --locked --bench bench -- $(BENCH)
+
+# Every parser for FUZZ_SECONDS (60); `make fuzz FUZZ="range token"` some of them. Fails if one finds something.
+fuzz:
+	tests/install.sh fuzz
+	fuzz/run.sh $(FUZZ)
 
 # Parsed and linted, not run.
 lint-containers:

@@ -50,7 +50,9 @@ pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
         prepare_data_dir(&config.data_dir)?;
     }
     let root_secret = local::root_secret(config)?;
-    let papers = Papers::new(&config.issuers, &root_secret, &config.public_origin()).map_err(|error| anyhow!(error))?;
+    let papers = Papers::new(&config.issuers, &root_secret, &config.public_origin())
+        .map_err(|error| anyhow!(error))?
+        .untrusted_events_readonly(config.cache.untrusted_events_readonly);
     let db = connect(config).await?;
     let store = BlockStore::open(&config.storage, &config.data_dir, config.ca_file.as_deref())
         .await
@@ -59,6 +61,7 @@ pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
     let settings = Settings {
         uploads: config.uploads.clone(),
         artifacts: config.artifacts.clone(),
+        cache: config.cache.clone(),
         verification: config.verification.clone(),
         cleaner: config.cleaner.clone(),
         scrub: config.scrub.clone(),
@@ -257,6 +260,7 @@ pub async fn clean(config: Config) -> anyhow::Result<()> {
             tracing::info!(
                 expired_artifacts = report.expired_artifacts,
                 abandoned_uploads = report.abandoned_uploads,
+                evicted_cache_entries = report.evicted_cache_entries,
                 deleted_objects = report.deleted_objects,
                 dropped_blobs = report.dropped_blobs,
                 "cleaned"

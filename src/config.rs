@@ -15,7 +15,7 @@ use tracing_subscriber::filter::{EnvFilter, LevelFilter};
 
 use crate::api::serve;
 use crate::papers::{IssuerSettings, parse_public_url};
-use crate::service::{artifacts, cleaner, memory, scrub, uploads, verification};
+use crate::service::{artifacts, caches, cleaner, memory, scrub, uploads, verification};
 use crate::{db, storage};
 use layers::Merged;
 
@@ -67,6 +67,7 @@ pub struct Config {
     pub server: serve::Settings,
     pub uploads: uploads::Settings,
     pub artifacts: artifacts::Settings,
+    pub cache: caches::Settings,
     pub verification: verification::Settings,
     pub cleaner: cleaner::Settings,
     pub scrub: scrub::Settings,
@@ -224,6 +225,8 @@ impl Config {
             ("uploads.abandoned_after", self.uploads.abandoned_after),
             ("artifacts.default_retention", self.artifacts.default_retention),
             ("artifacts.max_retention", self.artifacts.max_retention),
+            ("cache.idle_after", self.cache.idle_after),
+            ("cache.reservation_ttl", self.cache.reservation_ttl),
             ("verification.lease", self.verification.lease),
             ("cleaner.interval", self.cleaner.interval),
             ("cleaner.sweep_after", self.cleaner.sweep_after),
@@ -237,6 +240,7 @@ impl Config {
             ("server.max_connections", self.server.max_connections == 0),
             ("uploads.max_block_bytes", self.uploads.max_block_bytes == 0),
             ("uploads.max_put_blob_bytes", self.uploads.max_put_blob_bytes == 0),
+            ("artifacts.max_files", self.artifacts.max_files == 0),
             ("cleaner.batch", self.cleaner.batch == 0),
             ("memory.upload_bytes", self.memory.upload_bytes == 0),
             ("memory.download_bytes", self.memory.download_bytes == 0),

@@ -6,7 +6,7 @@ use std::fmt;
 
 use uuid::Uuid;
 
-/// Identifies a blob: the bytes of one artifact. Made by the server, never by a client.
+/// Identifies a blob: the bytes of one artifact or cache entry. Made by the server, never by a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlobId(pub Uuid);
 
@@ -69,6 +69,16 @@ impl fmt::Display for ObjectKey {
 pub struct ArtifactId(pub i64);
 
 impl fmt::Display for ArtifactId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The id of a cache entry: grows, fits in 2^53 as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CacheEntryId(pub i64);
+
+impl fmt::Display for CacheEntryId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
@@ -144,6 +154,7 @@ pub struct CacheScope {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlobKind {
     Artifact,
+    Cache,
 }
 
 impl BlobKind {
@@ -151,11 +162,14 @@ impl BlobKind {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Artifact => "art",
+            Self::Cache => "cache",
         }
     }
 
     pub fn parse(text: &str) -> Option<Self> {
-        (text == "art").then_some(Self::Artifact)
+        [Self::Artifact, Self::Cache]
+            .into_iter()
+            .find(|kind| kind.as_str() == text)
     }
 }
 

@@ -2,6 +2,7 @@
 # Installs what the tests need and is missing: a C compiler, Node, Postgres, the real clients.
 # `install.sh seaweedfs`: and an S3 server and an S3 client of other people, for `make test-long`.
 # `install.sh bench`: and the servers that `make bench` compares with; none of them is started here.
+# `install.sh fuzz`: only what builds the fuzz targets.
 # Everything but Debian packages goes to .tools/ and tests/e2e/node_modules. Quick when all is there.
 set -eu
 cd "$(dirname "$0")/.."
@@ -31,6 +32,13 @@ apt_install() {
 # The linker for Rust, and the compiler for aws-lc and SQLite.
 command -v cc >/dev/null || apt_install gcc libc6-dev
 command -v make >/dev/null || apt_install make
+if [ "${1:-}" = fuzz ]; then
+    # libFuzzer is C++.
+    command -v c++ >/dev/null || apt_install g++
+    exit
+fi
+# The cache clients take gzip where there is no zstd: slower, and not what they do on a runner.
+command -v zstd >/dev/null || [ "$(id -u)" != 0 ] || apt_install zstd
 
 pip_install() {
     python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip

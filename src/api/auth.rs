@@ -10,7 +10,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::Context;
-use super::reply::{AzureError, TwirpError};
+use super::reply::{self, AzureError};
 use crate::error::{Error, Result};
 use crate::papers::{Link, Permission};
 
@@ -24,7 +24,7 @@ pub async fn runtime_token(State(context): State<Context>, mut request: Request,
             request.extensions_mut().insert(principal);
             next.run(request).await
         }
-        Err(error) => TwirpError::from(error).into_response(),
+        Err(error) => reply::at(request.uri().path(), error),
     }
 }
 

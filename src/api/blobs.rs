@@ -1,6 +1,6 @@
 //! Signed links in the dialect of Azure's block blobs: Put Block, Put Block List, Put Blob, Get and Head.
 //!
-//! Routed by `api/mod.rs` behind a verified link whose permission fits the method. Source: Azure's Blob service REST
+//! Routed by `api/mod.rs` behind a verified link whose permission fits the method; artifacts and caches alike. Source: Azure's Blob service REST
 //! API as `@azure/storage-blob` 12.17 to 12.32 and azblob for Go speak it. Never parses names: the link has the id.
 
 use std::time::{Duration, Instant};
@@ -229,7 +229,7 @@ fn upload(
 }
 
 /// A body's bytes as they come; an error item if they stop coming or come too slowly.
-fn chunks(body: Body, patience: Patience) -> impl Stream<Item = Result<Bytes, Error>> + Send + 'static {
+pub(super) fn chunks(body: Body, patience: Patience) -> impl Stream<Item = Result<Bytes, Error>> + Send + 'static {
     let frames = body.into_data_stream().map_err(|error| broken(&error));
     futures_util::stream::unfold((Box::pin(frames), patience), |(mut frames, mut patience)| async move {
         let begun = Instant::now();
@@ -324,7 +324,7 @@ async fn get(context: &Context, link: &Link, head: &Parts) -> Reply {
     .header(CONTENT_TYPE, served_type(&blob))
     .header(
         CONTENT_DISPOSITION,
-        disposition(&blob.artifact_name, is_zip(&served_type(&blob))),
+        disposition(&blob.name, is_zip(&served_type(&blob))),
     )
     .header(ETAG, etag)
     .header(LAST_MODIFIED, http_date(blob.sealed_at_ms))

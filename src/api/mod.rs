@@ -3,10 +3,17 @@
 //! `app` serves what [`public`] and [`internal`] return. Every route is declared with who may call it, and that
 //! declaration is what guards it; handlers call `service/` and never the database or the store.
 
+mod artifacts_v3;
 mod artifacts_v4;
 mod auth;
 mod blobs;
 mod block_list;
+mod cache_v1;
+mod cache_v2;
+mod content_range;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
+mod item_path;
 mod observe;
 mod ops;
 pub mod patience;
@@ -19,7 +26,7 @@ mod twirp;
 use axum::Router;
 use axum::http::{StatusCode, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
-use axum::routing::{MethodRouter, any, get, post};
+use axum::routing::{MethodRouter, any, get, patch, post};
 
 pub use self::ops::Operations;
 use self::patience::Patience;
@@ -96,8 +103,53 @@ pub fn public(context: Context) -> UrlMap {
         "/twirp/github.actions.results.api.v1.ArtifactService/FinalizeMigratedArtifact",
         call(post(artifacts_v4::migrate)),
     )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.CacheService/CreateCacheEntry",
+        call(post(cache_v2::create)),
+    )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.CacheService/FinalizeCacheEntryUpload",
+        call(post(cache_v2::finalize)),
+    )
+    .route(
+        RuntimeToken,
+        "/twirp/github.actions.results.api.v1.CacheService/GetCacheEntryDownloadURL",
+        call(post(cache_v2::download_url)),
+    )
+    // Artifacts of version 3 and before. Clients build the first path from ACTIONS_RUNTIME_URL, and get the others.
+    .route(
+        RuntimeToken,
+        "/_apis/pipelines/workflows/{run_id}/artifacts",
+        get(artifacts_v3::list)
+            .post(artifacts_v3::create)
+            .patch(artifacts_v3::finalize),
+    )
+    .route(
+        RuntimeToken,
+        "/_apis/resources/Containers/{id}",
+        get(artifacts_v3::items).put(artifacts_v3::put),
+    )
+    .route(
+        RuntimeToken,
+        "/_apis/resources/Containers/{id}/file",
+        get(artifacts_v3::file),
+    )
     .route(Anyone, "/twirp/{*method}", any(bad_route))
     .route(Anyone, "/twirp/", any(bad_route))
+    // The first cache protocol.
+    .route(RuntimeToken, "/_apis/artifactcache/cache", get(cache_v1::look_up))
+    .route(
+        RuntimeToken,
+        "/_apis/artifactcache/caches",
+        get(cache_v1::list).post(cache_v1::reserve).fallback(not_found),
+    )
+    .route(
+        RuntimeToken,
+        "/_apis/artifactcache/caches/{id}",
+        patch(cache_v1::upload_chunk).post(cache_v1::commit).fallback(not_found),
+    )
     // Bytes, by signed links only.
     .route(SignedLink, "/blob/{kind}/{id}", any(blobs::handle))
 }

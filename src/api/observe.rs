@@ -22,6 +22,7 @@ use tracing::Instrument as _;
 use uuid::Uuid;
 
 use super::reply;
+use crate::error::Error;
 
 /// How much of a client's name goes into the log.
 const MAX_USER_AGENT_CHARS: usize = 128;
@@ -43,7 +44,7 @@ pub async fn observe(request: Request, next: Next) -> Response {
     let mut response = AssertUnwindSafe(next.run(request).instrument(span))
         .catch_unwind()
         .await
-        .unwrap_or_else(|_| reply::panicked(&path));
+        .unwrap_or_else(|_| reply::at(&path, Error::Internal(format!("a handler panicked at {path}"))));
     exchange.status = response.status().as_u16();
     exchange.expected = match exchange.method {
         Method::HEAD => Some(0),

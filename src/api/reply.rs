@@ -1,6 +1,6 @@
-//! `Error` in the dialect of whoever asked: Twirp JSON, Azure XML or GitHub JSON.
+//! `Error` in the dialect of whoever asked: Twirp JSON, Azure XML, the JSON below `/_apis`, or GitHub JSON.
 //!
-//! Handlers return one of the three types and thereby name their dialect. Internal errors are logged here, once,
+//! Handlers return one of the four types and thereby name their dialect. Internal errors are logged here, once,
 //! and hidden from the client.
 
 use axum::http::header::{CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
@@ -184,11 +184,69 @@ impl IntoResponse for GithubError {
     }
 }
 
-/// The answer to a handler that panicked, in the dialect of the path.
-pub fn panicked(path: &str) -> Response {
-    let error = Error::Internal(format!("a handler panicked at {path}"));
+/// A failure as `{"message", "typeKey"}`. Source: `@actions/cache` up to 3.x and Go's client read these two.
+#[derive(Debug)]
+pub struct ApisError {
+    status: StatusCode,
+    type_key: &'static str,
+    message: String,
+}
+
+impl From<Error> for ApisError {
+    fn from(error: Error) -> Self {
+        let (status, type_key) = match &error {
+            Error::NotFound(_) | Error::Gone(_) => (StatusCode::NOT_FOUND, "NotFoundException"),
+            Error::AlreadyExists(_) => (StatusCode::CONFLICT, "ArtifactCacheItemAlreadyExistsException"),
+            Error::Unauthorized(_) => (StatusCode::UNAUTHORIZED, "UnauthorizedException"),
+            Error::Forbidden(_) => (StatusCode::FORBIDDEN, "AccessDeniedException"),
+            Error::Unsupported(_) => (StatusCode::NOT_IMPLEMENTED, "NotSupportedException"),
+            Error::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableException"),
+            Error::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalServerException"),
+            // Of these the clients know 400 only, and show its message.
+            Error::Conflict(_)
+            | Error::Malformed(_)
+            | Error::Invalid(_)
+            | Error::UnknownBlock(_)
+            | Error::ChecksumMismatch(_)
+            | Error::FailedPrecondition(_)
+            | Error::RangeNotSatisfiable { .. }
+            | Error::TooLarge(_)
+            | Error::QuotaExceeded(_) => (StatusCode::BAD_REQUEST, "InvalidRequestException"),
+        };
+        Self {
+            status,
+            type_key,
+            message: text_for_client(error),
+        }
+    }
+}
+
+/// What is wrong with a JSON body.
+impl From<TwirpError> for ApisError {
+    fn from(error: TwirpError) -> Self {
+        Self {
+            status: error.status,
+            type_key: "InvalidRequestException",
+            message: error.message,
+        }
+    }
+}
+
+impl IntoResponse for ApisError {
+    fn into_response(self) -> Response {
+        let body = json!({ "message": self.message, "typeKey": self.type_key }).to_string();
+        let mut response = (self.status, [(CONTENT_TYPE, "application/json")], body).into_response();
+        hint(&mut response);
+        response
+    }
+}
+
+/// A failure outside the handlers, in the dialect of the path.
+pub fn at(path: &str, error: Error) -> Response {
     if path.starts_with("/blob/") {
         AzureError::from(error).into_response()
+    } else if path.starts_with("/_apis/") {
+        ApisError::from(error).into_response()
     } else {
         TwirpError::from(error).into_response()
     }

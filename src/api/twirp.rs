@@ -1,15 +1,16 @@
-//! The Twirp transport: one JSON object in, one JSON object out.
+//! The Twirp transport: one message in, one message out, in JSON, or in protobuf where a service has both.
 //!
 //! Called by the services' handlers. Reads what protobuf's JSON mapping allows and the real clients send: snake_case
-//! or camelCase names, 64-bit numbers as strings or numbers, missing, null and unknown fields.
+//! or camelCase names, 64-bit numbers as strings or numbers, missing, null and unknown fields. Errors are always JSON.
 
 use axum::body::{Body, to_bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use serde::de::{DeserializeOwned, Error as _};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 use super::Context;
@@ -27,29 +28,94 @@ impl<T: DeserializeOwned> FromRequest<Context> for Message<T> {
     type Rejection = TwirpError;
 
     async fn from_request(request: Request, context: &Context) -> Result<Self, TwirpError> {
-        check_headers(request.headers())?;
-        let reading = to_bytes(request.into_body(), MAX_BODY_BYTES);
-        let bytes = tokio::time::timeout(context.patience.left(), reading)
-            .await
-            .map_err(|_| {
-                TwirpError::new(
-                    StatusCode::REQUEST_TIMEOUT,
-                    "deadline_exceeded",
-                    "the body did not come",
-                )
-            })?
-            .map_err(|_| {
-                TwirpError::new(
-                    StatusCode::PAYLOAD_TOO_LARGE,
-                    "malformed",
-                    "the body is larger than 1 MiB or broken",
-                )
-            })?;
-        parse(&bytes).map(Message)
+        match encoding(request.headers())? {
+            Encoding::Json => parse(&body(request, context).await?).map(Message),
+            Encoding::Protobuf => Err(TwirpError::bad_route("the service speaks JSON only")),
+        }
     }
 }
 
-fn check_headers(headers: &HeaderMap) -> Result<(), TwirpError> {
+/// How a message travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    Json,
+    Protobuf,
+}
+
+impl Encoding {
+    fn content_type(self) -> &'static str {
+        match self {
+            Self::Json => "application/json",
+            Self::Protobuf => "application/protobuf",
+        }
+    }
+}
+
+/// A message of a service that has both encodings: the answer comes in that of the request.
+pub struct Encoded<T> {
+    encoding: Encoding,
+    pub message: T,
+}
+
+impl<T> Encoded<T> {
+    /// The answer to this request.
+    pub fn answer<A>(&self, message: A) -> Encoded<A> {
+        Encoded {
+            encoding: self.encoding,
+            message,
+        }
+    }
+}
+
+impl<T: DeserializeOwned + prost::Message + Default> FromRequest<Context> for Encoded<T> {
+    type Rejection = TwirpError;
+
+    async fn from_request(request: Request, context: &Context) -> Result<Self, TwirpError> {
+        let encoding = encoding(request.headers())?;
+        let bytes = body(request, context).await?;
+        let message = match encoding {
+            Encoding::Json => parse(&bytes)?,
+            Encoding::Protobuf => T::decode(bytes)
+                .map_err(|error| TwirpError::malformed(format!("the body is not a message of this method: {error}")))?,
+        };
+        Ok(Self { encoding, message })
+    }
+}
+
+impl<T: Serialize + prost::Message> IntoResponse for Encoded<T> {
+    fn into_response(self) -> Response {
+        match self.encoding {
+            Encoding::Json => Answer(self.message).into_response(),
+            encoding @ Encoding::Protobuf => (
+                [(CONTENT_TYPE, encoding.content_type())],
+                Body::from(self.message.encode_to_vec()),
+            )
+                .into_response(),
+        }
+    }
+}
+
+async fn body(request: Request, context: &Context) -> Result<Bytes, TwirpError> {
+    let reading = to_bytes(request.into_body(), MAX_BODY_BYTES);
+    tokio::time::timeout(context.patience.left(), reading)
+        .await
+        .map_err(|_| {
+            TwirpError::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "deadline_exceeded",
+                "the body did not come",
+            )
+        })?
+        .map_err(|_| {
+            TwirpError::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "malformed",
+                "the body is larger than 1 MiB or broken",
+            )
+        })
+}
+
+fn encoding(headers: &HeaderMap) -> Result<Encoding, TwirpError> {
     if headers.contains_key(CONTENT_ENCODING) {
         let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
         return Err(TwirpError::new(
@@ -63,20 +129,16 @@ fn check_headers(headers: &HeaderMap) -> Result<(), TwirpError> {
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
     let mut parts = content_type.split(';').map(str::trim);
-    let json = parts
-        .next()
-        .is_some_and(|essence| essence.eq_ignore_ascii_case("application/json"));
+    let essence = parts.next().unwrap_or_default();
     let utf8 = parts.all(|part| part.is_empty() || part.to_ascii_lowercase().replace('"', "") == "charset=utf-8");
-    if json && utf8 {
-        Ok(())
-    } else {
-        Err(TwirpError::bad_route(format!(
-            "unexpected Content-Type: {content_type:?}"
-        )))
-    }
+    [Encoding::Json, Encoding::Protobuf]
+        .into_iter()
+        .find(|encoding| utf8 && essence.eq_ignore_ascii_case(encoding.content_type()))
+        .ok_or_else(|| TwirpError::bad_route(format!("unexpected Content-Type: {content_type:?}")))
 }
 
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, TwirpError> {
+/// Reads a body as JSON.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, TwirpError> {
     let malformed =
         |error: serde_json::Error| TwirpError::malformed(format!("the body is not a message of this method: {error}"));
     let value: Value = serde_json::from_slice(bytes).map_err(malformed)?;
@@ -109,9 +171,19 @@ pub fn int64<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i64>, 
     .ok_or_else(|| D::Error::custom("not a 64-bit integer"))
 }
 
+/// As [`int64`]; missing is 0.
+pub fn int64_or_0<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
+    Ok(int64(deserializer)?.unwrap_or_default())
+}
+
+/// Writes an int64 as a string, as protobuf's JSON mapping wants it. For `#[serde(serialize_with)]`.
+pub fn as_text<S: Serializer>(number: &i64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(number)
+}
+
 /// Reads an int32 likewise; missing is 0.
 pub fn int32<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i32, D::Error> {
-    let number = int64(deserializer)?.unwrap_or_default();
+    let number = int64_or_0(deserializer)?;
     i32::try_from(number).map_err(|_| D::Error::custom("not a 32-bit integer"))
 }
 
@@ -137,7 +209,7 @@ pub struct Answer<T>(pub T);
 impl<T: Serialize> IntoResponse for Answer<T> {
     fn into_response(self) -> Response {
         match serde_json::to_vec(&self.0) {
-            Ok(body) => ([(CONTENT_TYPE, "application/json")], Body::from(body)).into_response(),
+            Ok(body) => ([(CONTENT_TYPE, Encoding::Json.content_type())], Body::from(body)).into_response(),
             Err(error) => TwirpError::from(crate::error::Error::Internal(format!("an answer is not JSON: {error}")))
                 .into_response(),
         }

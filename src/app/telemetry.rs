@@ -13,7 +13,7 @@ const DURATION_BUCKETS: [f64; 12] = [0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2
 /// How often the recorder folds what it has gathered.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-const COUNTERS: [(&str, &str); 13] = [
+const COUNTERS: [(&str, &str); 14] = [
     (
         "wharfinger_http_requests_total",
         "Requests that ended, by route and status; 499 is a client that went away",
@@ -30,7 +30,7 @@ const COUNTERS: [(&str, &str); 13] = [
     ),
     (
         "wharfinger_lost_artifacts_total",
-        "Artifacts that the scrub found damaged and took out",
+        "Artifacts and cache entries that the scrub found damaged and took out",
     ),
     (
         "wharfinger_memory_refused_total",
@@ -46,6 +46,10 @@ const COUNTERS: [(&str, &str); 13] = [
         "Uploads given up because nobody finalized them",
     ),
     (
+        "wharfinger_cleaner_evicted_cache_entries_total",
+        "Cache entries that nobody used, or that made room for others",
+    ),
+    (
         "wharfinger_cleaner_deleted_objects_total",
         "Objects taken out of the store",
     ),
@@ -59,12 +63,13 @@ const COUNTERS: [(&str, &str); 13] = [
     ),
 ];
 /// Those without labels, which can begin at 0.
-const FROM_ZERO: [&str; 8] = [
+const FROM_ZERO: [&str; 9] = [
     "wharfinger_lost_artifacts_total",
     "wharfinger_verification_failed_total",
     "wharfinger_cleaner_passes_total",
     "wharfinger_cleaner_expired_artifacts_total",
     "wharfinger_cleaner_abandoned_uploads_total",
+    "wharfinger_cleaner_evicted_cache_entries_total",
     "wharfinger_cleaner_deleted_objects_total",
     "wharfinger_cleaner_dropped_blobs_total",
     "wharfinger_cleaner_failures_total",

@@ -20,8 +20,11 @@ fn exports(public_url: &str, token: &str, flags: &MintFlags) -> String {
     let attempt = flags.attempt.to_string();
     let variables = [
         ("ACTIONS_RESULTS_URL", url.as_str()),
-        // Older clients put paths behind this one without a slash between.
+        // Clients put paths behind these two without a slash between.
         ("ACTIONS_RUNTIME_URL", &url),
+        ("ACTIONS_CACHE_URL", &url),
+        // The cache clients take version 2 of the protocol if this is set, and Go's if it is true.
+        ("ACTIONS_CACHE_SERVICE_V2", "True"),
         ("ACTIONS_RUNTIME_TOKEN", token),
         // Not where the server is: clients give up before the first request if this names any other host.
         ("GITHUB_SERVER_URL", "https://github.com"),
@@ -89,6 +92,12 @@ mod tests {
             assert_eq!(
                 values,
                 "https://a.example.com/ https://a.example.com/ x.y.z https://github.com octo/demo 7 2 build"
+            );
+            assert_eq!(
+                shell(&format!(
+                    "{lines}\nprintf '%s %s' $ACTIONS_CACHE_URL $ACTIONS_CACHE_SERVICE_V2"
+                )),
+                "https://a.example.com/ True"
             );
         }
     }

@@ -5,7 +5,7 @@
 
 use uuid::Uuid;
 
-use super::blobs::digest;
+use super::blobs::{BEGIN, BURY, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE, digest};
 use super::{Db, Failure, TRIES, lost_every_race, on, transaction, unsigned};
 use crate::error::{Error, Result};
 use crate::failpoint;
@@ -26,10 +26,10 @@ pub struct NewArtifact<'a> {
 
 /// What became of it.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Created {
-    /// Bytes go to this blob.
-    Upload(BlobId),
-    /// The name is finalized in this run and attempt.
+pub enum Created<T = BlobId> {
+    /// Bytes go here.
+    Upload(T),
+    /// The name is finalized in this run and attempt, or clients of another kind upload to it.
     Exists,
     /// The job has as many artifacts as it may have.
     TooMany,
@@ -67,6 +67,8 @@ pub struct ListedArtifact {
     pub size_bytes: u64,
     pub created_at_ms: i64,
     pub sha256: Option<Sha256>,
+    /// Of a container: the lengths of its files.
+    pub files_bytes: Option<u64>,
 }
 
 /// The one artifact that a name means to a job.
@@ -76,6 +78,22 @@ pub struct NewestArtifact {
     pub blob: BlobId,
 }
 
+/// Locks the row of a name in a run and attempt, so that any number of creates of it go one after the other.
+pub(super) const LOCK_NAME: &str = "UPDATE artifacts SET state = state
+    WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND name = $4 AND run_attempt = $5
+    RETURNING id, state, blob_id, container_id, expires_at_ms";
+
+/// No row if another request made one at the same moment.
+pub(super) const INSERT_ARTIFACT: &str = "INSERT INTO artifacts (issuer, repository, run_backend_id, name, run_attempt,
+        job_backend_id, repository_name, run_id, version, mime_type, state, blob_id, created_at_ms, expires_at_ms,
+        container_id)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'pending', $11, $12, $13, $14)
+    ON CONFLICT (issuer, repository, run_backend_id, name, run_attempt) DO NOTHING
+    RETURNING id";
+
+pub(super) const COUNT_OF_JOB: &str = "SELECT count(*) FROM artifacts
+    WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND run_attempt = $4 AND job_backend_id = $5";
+
 /// No client keeps more, and an answer must have some bound.
 const LIST_LIMIT: i64 = 10_000;
 
@@ -84,15 +102,15 @@ const LIST_LIMIT: i64 = 10_000;
 macro_rules! listing {
     ($condition:literal) => {
         concat!(
-            "SELECT a.id, a.name, a.job_backend_id, b.size_bytes, a.created_at_ms, b.sha256
+            "SELECT a.id, a.name, a.job_backend_id, b.size_bytes, a.created_at_ms, b.sha256, c.published_bytes
              FROM (
-                 SELECT id, name, job_backend_id, created_at_ms, blob_id,
+                 SELECT id, name, job_backend_id, created_at_ms, blob_id, container_id,
                      row_number() OVER (PARTITION BY name ORDER BY run_attempt DESC) AS age
                  FROM artifacts
                  WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND run_attempt <= $4
                      AND state = 'finalized' AND expires_at_ms > $5 ",
             $condition,
-            ") a JOIN blobs b ON b.id = a.blob_id
+            ") a JOIN blobs b ON b.id = a.blob_id LEFT JOIN containers c ON c.blob_id = a.container_id
              WHERE a.age = 1 ORDER BY a.created_at_ms DESC, a.id DESC LIMIT $6"
         )
     };
@@ -124,36 +142,32 @@ impl Db {
         let mut refused = None;
         let created = transaction!(self, durable, |tx| {
             refused = None;
-            // Locks the name, so that any number of creates of it go one after the other.
-            let there: Option<(i64, String, Uuid, i64)> = sqlx::query_as(
-                "UPDATE artifacts SET state = state
-                 WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND name = $4 AND run_attempt = $5
-                 RETURNING id, state, blob_id, expires_at_ms",
-            )
-            .bind(&run.issuer)
-            .bind(&run.repository)
-            .bind(&run.run_backend_id)
-            .bind(name)
-            .bind(principal.run_attempt)
-            .fetch_optional(&mut *tx)
-            .await?;
+            type There = (i64, String, Uuid, Option<Uuid>, i64);
+            let there: Option<There> = sqlx::query_as(LOCK_NAME)
+                .bind(&run.issuer)
+                .bind(&run.repository)
+                .bind(&run.run_backend_id)
+                .bind(name)
+                .bind(principal.run_attempt)
+                .fetch_optional(&mut *tx)
+                .await?;
             let mut pending = None;
-            if let Some((id, state, old_blob, expires_at_ms)) = there {
-                if state == "finalized" && expires_at_ms > now_ms {
+            if let Some((id, state, old_blob, container, expires_at_ms)) = there {
+                let is_pending = state == "pending";
+                if state == "finalized" && expires_at_ms > now_ms || is_pending && container.is_some() {
                     refused = Some(Created::Exists);
                 }
                 // The older upload ends here, whoever began it.
-                let tombstone = if state == "pending" { "superseded" } else { "expired" };
-                sqlx::query(
-                    "UPDATE blobs SET state = 'deleting', tombstone = $2, changed_at_ms = $3, cleaned_at_ms = NULL
-                     WHERE id = $1 AND state <> 'deleting'",
-                )
-                .bind(old_blob)
-                .bind(tombstone)
-                .bind(now_ms)
-                .execute(&mut *tx)
-                .await?;
-                if state == "pending" {
+                let tombstone = if is_pending { "superseded" } else { "expired" };
+                for blob in [Some(old_blob), container].into_iter().flatten() {
+                    sqlx::query(BURY)
+                        .bind(blob)
+                        .bind(tombstone)
+                        .bind(now_ms)
+                        .execute(&mut *tx)
+                        .await?;
+                }
+                if is_pending {
                     pending = Some(id);
                 } else {
                     // What was finalized under an id never changes: whoever comes now gets another.
@@ -163,16 +177,12 @@ impl Db {
                         .await?;
                 }
             }
-            sqlx::query(
-                "INSERT INTO blobs (id, kind, state, revision, size_bytes, verification, verify_lease_until_ms,
-                     created_at_ms, changed_at_ms)
-                 VALUES ($1, $2, 'staging', 0, 0, 'none', 0, $3, $3)",
-            )
-            .bind(blob.0)
-            .bind(BlobKind::Artifact.as_str())
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await?;
+            sqlx::query(BEGIN)
+                .bind(blob.0)
+                .bind(BlobKind::Artifact.as_str())
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await?;
             let placed = if let Some(id) = pending {
                 sqlx::query(
                     "UPDATE artifacts SET blob_id = $2, job_backend_id = $3, version = $4, mime_type = $5,
@@ -191,45 +201,37 @@ impl Db {
                 .rows_affected()
                     == 1
             } else {
-                sqlx::query(
-                    "INSERT INTO artifacts (issuer, repository, run_backend_id, name, run_attempt, job_backend_id,
-                         repository_name, run_id, version, mime_type, state, blob_id, created_at_ms, expires_at_ms)
-                     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'pending', $11, $12, $13)
-                     ON CONFLICT (issuer, repository, run_backend_id, name, run_attempt) DO NOTHING",
-                )
-                .bind(&run.issuer)
-                .bind(&run.repository)
-                .bind(&run.run_backend_id)
-                .bind(name)
-                .bind(principal.run_attempt)
-                .bind(&principal.job_backend_id)
-                .bind(principal.repository_name.as_deref())
-                .bind(principal.run_id)
-                .bind(version)
-                .bind(mime_type)
-                .bind(blob.0)
-                .bind(now_ms)
-                .bind(new.expires_at_ms)
-                .execute(&mut *tx)
-                .await?
-                .rows_affected()
-                    == 1
+                let id: Option<i64> = sqlx::query_scalar(INSERT_ARTIFACT)
+                    .bind(&run.issuer)
+                    .bind(&run.repository)
+                    .bind(&run.run_backend_id)
+                    .bind(name)
+                    .bind(principal.run_attempt)
+                    .bind(&principal.job_backend_id)
+                    .bind(principal.repository_name.as_deref())
+                    .bind(principal.run_id)
+                    .bind(version)
+                    .bind(mime_type)
+                    .bind(blob.0)
+                    .bind(now_ms)
+                    .bind(new.expires_at_ms)
+                    .bind(None::<Uuid>)
+                    .fetch_optional(&mut *tx)
+                    .await?;
+                id.is_some()
             };
             if placed
                 && refused.is_none()
                 && let Some(limit) = new.max_per_job
             {
-                let count: i64 = sqlx::query_scalar(
-                    "SELECT count(*) FROM artifacts WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3
-                         AND run_attempt = $4 AND job_backend_id = $5",
-                )
-                .bind(&run.issuer)
-                .bind(&run.repository)
-                .bind(&run.run_backend_id)
-                .bind(principal.run_attempt)
-                .bind(&principal.job_backend_id)
-                .fetch_one(&mut *tx)
-                .await?;
+                let count: i64 = sqlx::query_scalar(COUNT_OF_JOB)
+                    .bind(&run.issuer)
+                    .bind(&run.repository)
+                    .bind(&run.run_backend_id)
+                    .bind(principal.run_attempt)
+                    .bind(&principal.job_backend_id)
+                    .fetch_one(&mut *tx)
+                    .await?;
                 if count > limit {
                     refused = Some(Created::TooMany);
                 }
@@ -309,34 +311,24 @@ impl Db {
             .execute(&mut *tx)
             .await?
             .rows_affected();
-            let sealed = sqlx::query(
-                "UPDATE blobs SET state = 'sealed', verification = $3, sha256 = $4, changed_at_ms = $5,
-                     scrubbed_at_ms = $5
-                 WHERE id = $1 AND revision = $2 AND state = 'committed'",
-            )
-            .bind(candidate.blob.0)
-            .bind(candidate.revision)
-            .bind(verification)
-            .bind(sha256.map(|sha256| sha256.0.to_vec()))
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
-            if sealed == 1 && shown == 1 {
-                // Blocks that came after the list are nobody's content. There rarely are any.
-                let late = sqlx::query(
-                    "INSERT INTO garbage (object_key, blob_id, created_at_ms)
-                     SELECT object_key, blob_id, CAST($2 AS BIGINT) FROM blocks
-                     WHERE blob_id = $1 AND start_offset IS NULL
-                     ON CONFLICT (object_key) DO NOTHING",
-                )
+            let sealed = sqlx::query(SEAL)
                 .bind(candidate.blob.0)
+                .bind(candidate.revision)
+                .bind(verification)
+                .bind(sha256.map(|sha256| sha256.0.to_vec()))
                 .bind(now_ms)
                 .execute(&mut *tx)
                 .await?
                 .rows_affected();
+            if sealed == 1 && shown == 1 {
+                let late = sqlx::query(UNLISTED_TO_GARBAGE)
+                    .bind(candidate.blob.0)
+                    .bind(now_ms)
+                    .execute(&mut *tx)
+                    .await?
+                    .rows_affected();
                 if late > 0 {
-                    sqlx::query("DELETE FROM blocks WHERE blob_id = $1 AND start_offset IS NULL")
+                    sqlx::query(FORGET_UNLISTED)
                         .bind(candidate.blob.0)
                         .execute(&mut *tx)
                         .await?;
@@ -362,7 +354,7 @@ impl Db {
         id: Option<ArtifactId>,
         now_ms: i64,
     ) -> Result<Vec<ListedArtifact>> {
-        type Row = (i64, String, String, i64, i64, Option<Vec<u8>>);
+        type Row = (i64, String, String, i64, i64, Option<Vec<u8>>, Option<i64>);
         let RunKey {
             issuer,
             repository,
@@ -391,7 +383,7 @@ impl Db {
         rows.into_iter()
             // A name has one row at most.
             .filter(|row| id.is_none_or(|id| row.0 == id.0))
-            .map(|(id, name, job_backend_id, size, created_at_ms, sha256)| {
+            .map(|(id, name, job_backend_id, size, created_at_ms, sha256, files_bytes)| {
                 Ok(ListedArtifact {
                     id: ArtifactId(id),
                     name,
@@ -399,6 +391,7 @@ impl Db {
                     size_bytes: unsigned(size)?,
                     created_at_ms,
                     sha256: digest(sha256)?,
+                    files_bytes: files_bytes.map(unsigned).transpose()?,
                 })
             })
             .collect()
@@ -446,25 +439,27 @@ impl Db {
 
     async fn try_delete_artifact(&self, artifact: &NewestArtifact, now_ms: i64) -> std::result::Result<bool, Failure> {
         let deleted = transaction!(self, durable, |tx| {
-            let hidden = sqlx::query("DELETE FROM artifacts WHERE id = $1 AND blob_id = $2 AND state = 'finalized'")
-                .bind(artifact.id.0)
-                .bind(artifact.blob.0)
-                .execute(&mut *tx)
-                .await?
-                .rows_affected();
-            if hidden == 0 {
-                None
-            } else {
-                sqlx::query(
-                    "UPDATE blobs SET state = 'deleting', tombstone = 'deleted', changed_at_ms = $2, cleaned_at_ms = NULL
-                     WHERE id = $1 AND state = 'sealed'",
-                )
-                .bind(artifact.blob.0)
-                .bind(now_ms)
-                .execute(&mut *tx)
-                .await?;
+            let hidden: Option<(Uuid, Option<Uuid>)> = sqlx::query_as(
+                "DELETE FROM artifacts WHERE id = $1 AND blob_id = $2 AND state = 'finalized'
+                 RETURNING blob_id, container_id",
+            )
+            .bind(artifact.id.0)
+            .bind(artifact.blob.0)
+            .fetch_optional(&mut *tx)
+            .await?;
+            if let Some((blob, container)) = hidden {
+                for blob in [Some(blob), container].into_iter().flatten() {
+                    sqlx::query(BURY)
+                        .bind(blob)
+                        .bind("deleted")
+                        .bind(now_ms)
+                        .execute(&mut *tx)
+                        .await?;
+                }
                 failpoint::reach("delete_before_commit");
                 Some(())
+            } else {
+                None
             }
         })?;
         Ok(deleted.is_some())

@@ -10,23 +10,45 @@ use uuid::Uuid;
 use super::{Db, Failure, TRIES, lost_every_race, on, signed, transaction, unsigned};
 use crate::error::{Error, Result};
 use crate::failpoint;
-use crate::model::{BlobId, BlobState, Block, ObjectKey, Sha256};
+use crate::model::{BlobId, BlobKind, BlobState, Block, ObjectKey, Sha256};
 
 /// Rows per statement when a block list is written: seven parameters each, below SQLite's limit of 32,766.
-const ROWS_PER_INSERT: usize = 4_000;
+pub(super) const ROWS_PER_INSERT: usize = 4_000;
 
 /// Locks a blob that is still open and gives it content: blob, size, type, time. The first statement of whoever does so.
 const GIVE_CONTENT: &str = "UPDATE blobs
     SET state = 'committed', revision = revision + 1, size_bytes = $2, content_type = $3, changed_at_ms = $4
     WHERE id = $1 AND state IN ('staging', 'committed')";
 
+/// Begins a blob: id, kind, time.
+pub(super) const BEGIN: &str = "INSERT INTO blobs (id, kind, state, revision, size_bytes, verification,
+        verify_lease_until_ms, created_at_ms, changed_at_ms)
+    VALUES ($1, $2, 'staging', 0, 0, 'none', 0, $3, $3)";
+
+/// Makes a blob's content of one revision final: blob, revision, what is known of its hash, the hash, time.
+pub(super) const SEAL: &str = "UPDATE blobs
+    SET state = 'sealed', verification = $3, sha256 = $4, changed_at_ms = $5, scrubbed_at_ms = $5
+    WHERE id = $1 AND revision = $2 AND state = 'committed'";
+
+/// Blocks that came after the list are nobody's content. There rarely are any. Records their objects as garbage: blob, time.
+pub(super) const UNLISTED_TO_GARBAGE: &str = "INSERT INTO garbage (object_key, blob_id, created_at_ms)
+    SELECT object_key, blob_id, CAST($2 AS BIGINT) FROM blocks WHERE blob_id = $1 AND start_offset IS NULL
+    ON CONFLICT (object_key) DO NOTHING";
+/// And forgets them: blob.
+pub(super) const FORGET_UNLISTED: &str = "DELETE FROM blocks WHERE blob_id = $1 AND start_offset IS NULL";
+
+/// Leaves a blob to be deleted: blob, why, time.
+pub(super) const BURY: &str = "UPDATE blobs
+    SET state = 'deleting', tombstone = $2, changed_at_ms = $3, cleaned_at_ms = NULL
+    WHERE id = $1 AND state <> 'deleting'";
+
 /// What a holder of a write link may want to know of its blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WritableBlob {
     /// Staging or committed: bytes may come.
-    Open,
+    Open(BlobKind),
     Sealed,
-    /// A newer upload of the same name took its place.
+    /// A newer upload of the same name or key took its place.
     Superseded,
 }
 
@@ -69,7 +91,8 @@ pub enum Committed {
 #[derive(Clone, Debug)]
 pub struct ReadableBlob {
     pub id: BlobId,
-    pub artifact_name: String,
+    /// The artifact's name or the cache entry's key.
+    pub name: String,
     pub mime_type: Option<String>,
     pub content_type: Option<String>,
     pub size_bytes: u64,
@@ -95,8 +118,8 @@ impl WritableBlob {
     /// Why a blob in this state takes no bytes.
     pub fn refusal(self) -> Error {
         Error::Conflict(match self {
-            Self::Superseded => "a newer upload of this artifact replaced this one".to_owned(),
-            Self::Open | Self::Sealed => "the artifact is finalized and its content is final".to_owned(),
+            Self::Superseded => "a newer upload replaced this one".to_owned(),
+            Self::Open(_) | Self::Sealed => "the upload is finalized and its content is final".to_owned(),
         })
     }
 
@@ -155,15 +178,15 @@ pub(super) fn arrange(rows: &[StagedBlock], list: &[ListEntry]) -> Result<Vec<St
 impl Db {
     /// What a write link's blob can take. `None` if it is deleted or unknown.
     pub async fn writable_blob(&self, blob: BlobId) -> Result<Option<WritableBlob>> {
-        let row: Option<(String, Option<String>)> = on!(self, readers, |conn| {
-            sqlx::query_as("SELECT state, tombstone FROM blobs WHERE id = $1")
+        let row: Option<(String, Option<String>, String)> = on!(self, readers, |conn| {
+            sqlx::query_as("SELECT state, tombstone, kind FROM blobs WHERE id = $1")
                 .bind(blob.0)
                 .fetch_optional(conn)
                 .await?
         });
         Ok(row.and_then(
-            |(state, tombstone)| match (BlobState::parse(&state)?, tombstone.as_deref()) {
-                (BlobState::Staging | BlobState::Committed, _) => Some(WritableBlob::Open),
+            |(state, tombstone, kind)| match (BlobState::parse(&state)?, tombstone.as_deref()) {
+                (BlobState::Staging | BlobState::Committed, _) => BlobKind::parse(&kind).map(WritableBlob::Open),
                 (BlobState::Sealed, _) => Some(WritableBlob::Sealed),
                 (BlobState::Deleting, Some("superseded")) => Some(WritableBlob::Superseded),
                 (BlobState::Deleting, _) => None,
@@ -282,7 +305,8 @@ impl Db {
         arrange(&self.all_blocks(blob).await?, list)
     }
 
-    async fn all_blocks(&self, blob: BlobId) -> Result<Vec<StagedBlock>> {
+    /// Every block of the blob that has a row, listed or not.
+    pub async fn all_blocks(&self, blob: BlobId) -> Result<Vec<StagedBlock>> {
         let rows: Vec<BlockRow> = on!(self, readers, |conn| {
             sqlx::query_as(
                 "SELECT block_id, object_key, object_offset, size_bytes, crc64, start_offset
@@ -411,7 +435,7 @@ impl Db {
             }
             Some(state @ WritableBlob::Superseded) => Err(state.refusal()),
             // It was closed a moment ago and is open now: only a restored database does that.
-            Some(WritableBlob::Open) => Ok(Committed::BlocksChanged),
+            Some(WritableBlob::Open(_)) => Ok(Committed::BlocksChanged),
             None => Err(WritableBlob::missing()),
         }
     }
@@ -492,7 +516,7 @@ impl Db {
         }
     }
 
-    /// The blob and its artifact, if the artifact was finalized and lives at `now_ms`.
+    /// The blob and its artifact or cache entry, if that was finalized and lives at `now_ms`.
     pub async fn readable_blob(&self, blob: BlobId, now_ms: i64) -> Result<Option<ReadableBlob>> {
         type Row = (
             String,
@@ -508,7 +532,12 @@ impl Db {
             sqlx::query_as(
                 "SELECT a.name, a.mime_type, b.content_type, b.size_bytes, b.changed_at_ms, b.sha256, b.verification, a.state
                  FROM blobs b JOIN artifacts a ON a.blob_id = b.id
-                 WHERE b.id = $1 AND b.state = 'sealed' AND a.state <> 'pending' AND a.expires_at_ms > $2",
+                 WHERE b.id = $1 AND b.state = 'sealed' AND a.state <> 'pending' AND a.expires_at_ms > $2
+                 UNION ALL
+                 SELECT e.key, CAST(NULL AS TEXT), b.content_type, b.size_bytes, b.changed_at_ms, b.sha256, b.verification,
+                     e.state
+                 FROM blobs b JOIN cache_entries e ON e.blob_id = b.id
+                 WHERE b.id = $1 AND b.state = 'sealed' AND e.state <> 'reserved'",
             )
             .bind(blob.0)
             .bind(now_ms)
@@ -516,10 +545,10 @@ impl Db {
             .await?
         });
         row.map(
-            |(artifact_name, mime_type, content_type, size, sealed_at_ms, sha256, verification, state)| {
+            |(name, mime_type, content_type, size, sealed_at_ms, sha256, verification, state)| {
                 Ok(ReadableBlob {
                     id: blob,
-                    artifact_name,
+                    name,
                     mime_type,
                     content_type,
                     size_bytes: unsigned(size)?,

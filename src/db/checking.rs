@@ -1,11 +1,12 @@
-//! What `fsck` and the scrub ask of the database, and the one thing that they may change: marking bytes as lost.
+//! What `fsck` and the scrub ask of the database, and what little they may change: marking bytes as lost, and
+//! counting anew.
 //!
 //! Called by `service/fsck.rs` and `service/scrub.rs`.
 
 use uuid::Uuid;
 
 use super::blobs::digest;
-use super::{Db, on, unsigned};
+use super::{Db, on, transaction, unsigned};
 use crate::error::Result;
 use crate::model::{BlobId, BlobState, ObjectKey, Sha256};
 
@@ -37,6 +38,14 @@ pub struct Overdue {
     pub garbage: i64,
 }
 
+/// A repository whose counted cache size is not the sum of its entries'.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Miscount {
+    pub repository: i64,
+    pub counted_bytes: i64,
+    pub actual_bytes: i64,
+}
+
 type SealedRow = (Uuid, i64, Option<Vec<u8>>);
 
 fn sealed_blob((id, size, sha256): SealedRow) -> Result<SealedBlob> {
@@ -53,8 +62,11 @@ impl Db {
         let rows: Vec<SealedRow> = on!(self, readers, |conn| {
             sqlx::query_as(
                 "SELECT b.id, b.size_bytes, CASE WHEN b.verification = 'verified' THEN b.sha256 END
-                 FROM blobs b JOIN artifacts a ON a.blob_id = b.id
-                 WHERE b.id > $1 AND b.state = 'sealed' AND a.state = 'finalized' ORDER BY b.id LIMIT $2",
+                 FROM blobs b
+                 WHERE b.id > $1 AND b.state = 'sealed' AND (
+                     EXISTS (SELECT 1 FROM artifacts a WHERE a.blob_id = b.id AND a.state = 'finalized')
+                     OR EXISTS (SELECT 1 FROM cache_entries e WHERE e.blob_id = b.id AND e.state = 'finalized'))
+                 ORDER BY b.id LIMIT $2",
             )
             .bind(after.0)
             .bind(limit)
@@ -92,28 +104,92 @@ impl Db {
         Ok(())
     }
 
-    /// Shows the artifact of a blob no more, because its bytes are missing or changed; its links answer "gone".
-    /// `false` if it was not shown anyway.
+    /// Shows the artifact or cache entry of a blob no more, because its bytes are missing or changed; its links answer
+    /// "gone". `false` if it was not shown anyway.
     pub async fn mark_lost(&self, blob: BlobId) -> Result<bool> {
-        let rows = on!(self, durable, |conn| {
-            sqlx::query("UPDATE artifacts SET state = 'lost' WHERE blob_id = $1 AND state = 'finalized'")
-                .bind(blob.0)
-                .execute(conn)
-                .await?
-                .rows_affected()
-        });
-        Ok(rows > 0)
+        let marked = transaction!(self, durable, |tx| {
+            let mut marked = 0;
+            for mark in [
+                "UPDATE artifacts SET state = 'lost' WHERE blob_id = $1 AND state = 'finalized'",
+                "UPDATE cache_entries SET state = 'lost' WHERE blob_id = $1 AND state = 'finalized'",
+            ] {
+                marked += sqlx::query(mark).bind(blob.0).execute(&mut *tx).await?.rows_affected();
+            }
+            (marked > 0).then_some(())
+        })?;
+        Ok(marked.is_some())
     }
 
     /// Whether a blob is finalized and shown.
     pub async fn is_shown(&self, blob: BlobId) -> Result<bool> {
         let shown: Option<i64> = on!(self, readers, |conn| {
-            sqlx::query_scalar("SELECT id FROM artifacts WHERE blob_id = $1 AND state = 'finalized'")
-                .bind(blob.0)
-                .fetch_optional(conn)
-                .await?
+            sqlx::query_scalar(
+                "SELECT id FROM artifacts WHERE blob_id = $1 AND state = 'finalized'
+                 UNION ALL SELECT id FROM cache_entries WHERE blob_id = $1 AND state = 'finalized'",
+            )
+            .bind(blob.0)
+            .fetch_optional(conn)
+            .await?
         });
         Ok(shown.is_some())
+    }
+
+    /// Blobs whose state is not what their artifact or cache entry says, or that have none although they are sealed.
+    pub async fn torn_blobs(&self) -> Result<Vec<BlobId>> {
+        let ids: Vec<Uuid> = on!(self, readers, |conn| {
+            // One statement, so that all of it is seen as of one moment.
+            sqlx::query_scalar(
+                "SELECT b.id FROM blobs b WHERE b.state = 'sealed'
+                     AND NOT EXISTS (SELECT 1 FROM artifacts a WHERE a.blob_id = b.id)
+                     AND NOT EXISTS (SELECT 1 FROM cache_entries e WHERE e.blob_id = b.id)
+                 UNION ALL
+                 SELECT b.id FROM artifacts a JOIN blobs b ON b.id = a.blob_id
+                 WHERE b.state = 'deleting' OR (a.state = 'pending') = (b.state = 'sealed')
+                 UNION ALL
+                 SELECT b.id FROM cache_entries e JOIN blobs b ON b.id = e.blob_id
+                 WHERE b.state = 'deleting' OR (e.state = 'reserved') = (b.state = 'sealed')",
+            )
+            .fetch_all(conn)
+            .await?
+        });
+        Ok(ids.into_iter().map(BlobId).collect())
+    }
+
+    /// Repositories whose counted cache size is wrong.
+    pub async fn miscounted_caches(&self) -> Result<Vec<Miscount>> {
+        let rows: Vec<(i64, i64, i64)> = on!(self, readers, |conn| {
+            sqlx::query_as(
+                "SELECT r.id, r.size_bytes, CAST(coalesce(sum(e.size_bytes), 0) AS BIGINT)
+                 FROM cache_repositories r LEFT JOIN cache_entries e
+                     ON e.repository_id = r.id AND e.state <> 'reserved'
+                 GROUP BY r.id, r.size_bytes HAVING r.size_bytes <> coalesce(sum(e.size_bytes), 0)",
+            )
+            .fetch_all(conn)
+            .await?
+        });
+        let miscount = |(repository, counted_bytes, actual_bytes)| Miscount {
+            repository,
+            counted_bytes,
+            actual_bytes,
+        };
+        Ok(rows.into_iter().map(miscount).collect())
+    }
+
+    /// Counts a repository's cache anew.
+    pub async fn recount_cache(&self, repository: i64) -> Result<()> {
+        transaction!(self, durable, |tx| {
+            // Locked first: the sum must not be from before somebody else's change.
+            for step in [
+                "UPDATE cache_repositories SET size_bytes = size_bytes WHERE id = $1",
+                "UPDATE cache_repositories SET size_bytes = (
+                     SELECT CAST(coalesce(sum(size_bytes), 0) AS BIGINT) FROM cache_entries
+                     WHERE repository_id = $1 AND state <> 'reserved') WHERE id = $1",
+            ] {
+                sqlx::query(step).bind(repository).execute(&mut *tx).await?;
+            }
+            Some(())
+        })?;
+        Ok(())
     }
 
     /// Whose an object is that lies below the prefix of `blob`.
@@ -158,7 +234,7 @@ impl Db {
         Ok(Overdue {
             uploads: count(
                 "SELECT CAST(count(*) AS BIGINT) FROM blobs
-                 WHERE state IN ('staging', 'committed') AND created_at_ms <= $1",
+                 WHERE (state = 'staging' OR (state = 'committed' AND kind <> 'container')) AND created_at_ms <= $1",
                 uploads_before_ms,
             )
             .await?,

@@ -5,6 +5,7 @@
 
 use uuid::Uuid;
 
+use super::blobs::{BURY, FORGET_UNLISTED, UNLISTED_TO_GARBAGE};
 use super::{Db, on, transaction};
 use crate::error::{Error, Result};
 use crate::model::{BlobId, ObjectKey};
@@ -14,25 +15,25 @@ impl Db {
     /// Returns how many.
     pub async fn expire_artifacts(&self, now_ms: i64, limit: i64) -> Result<u64> {
         let expired = transaction!(self, durable, |tx| {
-            let blobs: Vec<Uuid> = sqlx::query_scalar(
+            let blobs: Vec<(Uuid, Option<Uuid>)> = sqlx::query_as(
                 "DELETE FROM artifacts WHERE id IN (
                      SELECT id FROM artifacts WHERE state <> 'pending' AND expires_at_ms <= $1
                      ORDER BY expires_at_ms LIMIT $2)
-                 RETURNING blob_id",
+                 RETURNING blob_id, container_id",
             )
             .bind(now_ms)
             .bind(limit)
             .fetch_all(&mut *tx)
             .await?;
-            for blob in &blobs {
-                sqlx::query(
-                    "UPDATE blobs SET state = 'deleting', tombstone = 'expired', changed_at_ms = $2, cleaned_at_ms = NULL
-                     WHERE id = $1 AND state = 'sealed'",
-                )
-                .bind(blob)
-                .bind(now_ms)
-                .execute(&mut *tx)
-                .await?;
+            for &(blob, container) in &blobs {
+                for blob in [Some(blob), container].into_iter().flatten() {
+                    sqlx::query(BURY)
+                        .bind(blob)
+                        .bind("expired")
+                        .bind(now_ms)
+                        .execute(&mut *tx)
+                        .await?;
+                }
             }
             Some(blobs.len())
         })?;
@@ -43,7 +44,8 @@ impl Db {
     pub async fn abandon_uploads(&self, begun_before_ms: i64, now_ms: i64, limit: i64) -> Result<u64> {
         let abandoned = transaction!(self, durable, |tx| {
             let blobs: Vec<Uuid> = sqlx::query_scalar(
-                "SELECT id FROM blobs WHERE state IN ('staging', 'committed') AND created_at_ms <= $1
+                "SELECT id FROM blobs
+                 WHERE (state = 'staging' OR (state = 'committed' AND kind <> 'container')) AND created_at_ms <= $1
                  ORDER BY created_at_ms LIMIT $2",
             )
             .bind(begun_before_ms)
@@ -53,14 +55,16 @@ impl Db {
             let mut abandoned = 0;
             for blob in blobs {
                 // One that was finalized meanwhile is neither pending nor open any more.
-                sqlx::query("DELETE FROM artifacts WHERE blob_id = $1 AND state = 'pending'")
-                    .bind(blob)
-                    .execute(&mut *tx)
-                    .await?;
+                for row in [
+                    "DELETE FROM artifacts WHERE blob_id = $1 AND state = 'pending'",
+                    "DELETE FROM cache_entries WHERE blob_id = $1 AND state = 'reserved'",
+                ] {
+                    sqlx::query(row).bind(blob).execute(&mut *tx).await?;
+                }
                 abandoned += sqlx::query(
                     "UPDATE blobs SET state = 'deleting', tombstone = 'abandoned', changed_at_ms = $2,
                          cleaned_at_ms = NULL
-                     WHERE id = $1 AND state IN ('staging', 'committed')",
+                     WHERE id = $1 AND (state = 'staging' OR (state = 'committed' AND kind <> 'container'))",
                 )
                 .bind(blob)
                 .bind(now_ms)
@@ -104,6 +108,32 @@ impl Db {
             limit,
         )
         .await
+    }
+
+    /// Containers published at or before `published_before_ms` whose prefix was not searched for leftovers since.
+    pub async fn containers_to_sweep(&self, published_before_ms: i64, limit: i64) -> Result<Vec<BlobId>> {
+        self.blob_ids(
+            "SELECT id FROM blobs
+             WHERE kind = 'container' AND state = 'committed' AND cleaned_at_ms IS NULL AND changed_at_ms <= $1
+             ORDER BY changed_at_ms LIMIT $2",
+            published_before_ms,
+            limit,
+        )
+        .await
+    }
+
+    /// Notes that a container was swept.
+    pub async fn mark_container_swept(&self, blob: BlobId, now_ms: i64) -> Result<()> {
+        on!(self, staging, |conn| {
+            sqlx::query(
+                "UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND kind = 'container' AND state = 'committed'",
+            )
+            .bind(blob.0)
+            .bind(now_ms)
+            .execute(conn)
+            .await?;
+        });
+        Ok(())
     }
 
     async fn blob_ids(&self, query: &'static str, before_ms: i64, limit: i64) -> Result<Vec<BlobId>> {
@@ -152,10 +182,12 @@ impl Db {
             if dead == 0 {
                 None
             } else {
-                sqlx::query("DELETE FROM blocks WHERE blob_id = $1")
-                    .bind(blob.0)
-                    .execute(&mut *tx)
-                    .await?;
+                for rest in [
+                    "DELETE FROM blocks WHERE blob_id = $1",
+                    "DELETE FROM files WHERE container_id = $1",
+                ] {
+                    sqlx::query(rest).bind(blob.0).execute(&mut *tx).await?;
+                }
                 Some(())
             }
         })?;
@@ -177,6 +209,8 @@ impl Db {
                 for rest in [
                     "DELETE FROM garbage WHERE blob_id = $1",
                     "DELETE FROM blocks WHERE blob_id = $1",
+                    "DELETE FROM files WHERE container_id = $1",
+                    "DELETE FROM containers WHERE blob_id = $1",
                 ] {
                     sqlx::query(rest).bind(blob.0).execute(&mut *tx).await?;
                 }
@@ -198,20 +232,12 @@ impl Db {
                 .bind(now_ms)
                 .execute(&mut *tx)
                 .await?;
-            sqlx::query(
-                "INSERT INTO garbage (object_key, blob_id, created_at_ms)
-                 SELECT object_key, blob_id, CAST($2 AS BIGINT) FROM blocks
-                 WHERE blob_id = $1 AND start_offset IS NULL
-                 ON CONFLICT (object_key) DO NOTHING",
-            )
-            .bind(blob.0)
-            .bind(now_ms)
-            .execute(&mut *tx)
-            .await?;
-            sqlx::query("DELETE FROM blocks WHERE blob_id = $1 AND start_offset IS NULL")
+            sqlx::query(UNLISTED_TO_GARBAGE)
                 .bind(blob.0)
+                .bind(now_ms)
                 .execute(&mut *tx)
                 .await?;
+            sqlx::query(FORGET_UNLISTED).bind(blob.0).execute(&mut *tx).await?;
             Some(())
         })?;
         Ok(())

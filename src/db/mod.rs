@@ -6,15 +6,22 @@
 
 mod artifacts;
 mod blobs;
+mod caches;
 mod checking;
 mod cleaning;
 mod connect;
+mod files;
 mod sqlite;
 
 pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
 pub use blobs::{Committed, ListEntry, ListSource, ReadableBlob, StagedBlock, Verification, WritableBlob};
-pub use checking::{Overdue, SealedBlob, Standing};
+pub use caches::{
+    CacheCandidate, Evictable, FoundCacheEntry, LargeCache, ListedCacheEntry, NewCacheEntry, Reservation, Reserved,
+    WantedKeys,
+};
+pub use checking::{Miscount, Overdue, SealedBlob, Standing};
 pub use connect::Settings;
+pub use files::{BrokenFile, ChunkSums, Container, Encoding, File, FileChunk, NewChunk, Publication, Staged};
 pub use sqlite::{Lent, Sqlite};
 
 use std::borrow::Cow;

@@ -488,10 +488,11 @@ mod tests {
         }
 
         #[test]
-        fn what_was_signed_verifies(id: u128, write: bool, expires_at_s in NOW_S + 1..) {
+        fn what_was_signed_verifies(id: u128, write: bool, cache: bool, expires_at_s in NOW_S + 1..) {
             let (blob, permission) = (BlobId(Uuid::from_u128(id)), [Permission::Read, Permission::Write][usize::from(write)]);
-            let link = verify(&papers().sign_link(BlobKind::Artifact, permission, blob, expires_at_s)).unwrap();
-            prop_assert_eq!((link.blob, link.permission), (blob, permission));
+            let kind = [BlobKind::Artifact, BlobKind::Cache][usize::from(cache)];
+            let link = verify(&papers().sign_link(kind, permission, blob, expires_at_s)).unwrap();
+            prop_assert_eq!((link.blob, link.kind, link.permission), (blob, kind, permission));
         }
 
         #[test]

@@ -27,6 +27,7 @@ pub struct Papers {
     issuers: issuers::Issuers,
     ring: keys::KeyRing,
     public_url: String,
+    untrusted_events_readonly: bool,
 }
 
 impl Papers {
@@ -41,7 +42,17 @@ impl Papers {
             issuers,
             ring,
             public_url: parse_public_url(public_url)?,
+            untrusted_events_readonly: true,
         })
+    }
+
+    /// Whether jobs that outsiders can set off only read the caches of branches. They do unless this says otherwise.
+    #[must_use]
+    pub fn untrusted_events_readonly(self, readonly: bool) -> Self {
+        Self {
+            untrusted_events_readonly: readonly,
+            ..self
+        }
     }
 
     /// The origin that clients reach this server by, without a slash at its end.
@@ -54,7 +65,7 @@ impl Papers {
     /// # Errors
     /// [`Error::Unauthorized`](crate::error::Error::Unauthorized), whatever is wrong; its reason is for the log only.
     pub fn verify_token(&self, bearer: &str, now_ms: i64) -> error::Result<Principal> {
-        tokens::verify(&self.issuers, bearer, now_ms)
+        tokens::verify(&self.issuers, bearer, self.untrusted_events_readonly, now_ms)
     }
 
     /// Writes a runtime token that [`Papers::verify_token`] accepts, of any replica with the same root secret.

@@ -51,8 +51,31 @@ fn refuse<T>(reason: impl Into<String>) -> Result<T> {
     Err(Error::Unauthorized(reason.into()))
 }
 
-/// The checks stand in the order in which they are made.
-pub(super) fn verify(issuers: &Issuers, token: &str, now_ms: i64) -> Result<Principal> {
+/// Events that only those cause who may write to the repository, or that nobody causes at all. Their jobs write the
+/// caches of branches. Source: GitHub's changelog of 2026-06-26 on read-only cache tokens.
+const TRUSTED_EVENTS: [&str; 7] = [
+    "push",
+    "schedule",
+    "workflow_dispatch",
+    "repository_dispatch",
+    "delete",
+    "registry_package",
+    "page_build",
+];
+
+/// Whether a job of any other event may write a scope: one of its own, which no job of a branch reads.
+fn is_its_own(event: &str, scope: &str) -> bool {
+    scope.starts_with(match event {
+        "release" => "refs/tags/",
+        "merge_group" => "refs/heads/gh-readonly-queue/",
+        // Also that of a pull request from a fork.
+        _ => "refs/pull/",
+    })
+}
+
+/// The checks stand in the order in which they are made. `untrusted_read_only`: what an outsider's event sets off does
+/// not write where trusted jobs read, whatever `ac` says. A token that does not name its event is its issuer's to judge.
+pub(super) fn verify(issuers: &Issuers, token: &str, untrusted_read_only: bool, now_ms: i64) -> Result<Principal> {
     let Parts {
         mut header,
         mut claims,
@@ -71,10 +94,18 @@ pub(super) fn verify(issuers: &Issuers, token: &str, now_ms: i64) -> Result<Prin
         return refuse("the token is for another audience");
     }
     let (run_backend_id, job_backend_id) = backend_ids(&claims.scp)?;
-    let cache_scopes = claims
+    let mut cache_scopes = claims
         .ac
         .as_deref()
         .map_or(Ok(Vec::new()), |ac| cache_scopes(ac, issuer.write_implies_read))?;
+    let untrusted = claims
+        .event_name
+        .filter(|event| !TRUSTED_EVENTS.contains(&event.as_str()));
+    if let Some(event) = untrusted.filter(|_| untrusted_read_only) {
+        for scope in &mut cache_scopes {
+            scope.write &= is_its_own(&event, &scope.scope);
+        }
+    }
 
     let repository_name = claims.repository.or_else(|| issuer.repository.clone());
     let repository = match (claims.repository_id, &repository_name) {
@@ -156,6 +187,7 @@ struct Claims {
     audience: Option<String>,
     scp: String,
     ac: Option<String>,
+    event_name: Option<String>,
     repository: Option<String>,
     repository_id: Option<i64>,
     run_id: Option<i64>,
@@ -185,6 +217,7 @@ impl Claims {
             audience: claims.take("aud")?.map(|Audience(audience)| audience),
             scp,
             ac: claims.take("ac")?,
+            event_name: claims.take("event_name")?,
             repository,
             repository_id: id(claims.take("repository_id")?),
             run_id: id(claims.take("run_id")?),

@@ -1,6 +1,6 @@
 //! Artifacts: create, finalize, list, hand out links, delete, and how long they live.
 //!
-//! Called by `api/artifacts_v4.rs` with a principal whose run was already compared with the request's.
+//! Called by `api/artifacts_v4.rs`, and for the list by `api/artifacts_v3.rs`, with a principal whose run was already compared with the request's.
 
 use std::time::Duration;
 
@@ -25,6 +25,8 @@ pub struct Settings {
     pub max_per_job: u32,
     /// Bytes that one artifact may have; 0 for no limit.
     pub max_size_bytes: u64,
+    /// Files that one artifact may have which is uploaded file by file.
+    pub max_files: u32,
 }
 
 /// What a client wants to create, as it came.
@@ -79,7 +81,7 @@ fn check_mime_type(mime_type: &str) -> Result<()> {
     }
 }
 
-fn no_such_artifact(name: &str) -> Error {
+pub(super) fn no_such_artifact(name: &str) -> Error {
     Error::NotFound(format!("there is no artifact named {name} in this workflow run"))
 }
 

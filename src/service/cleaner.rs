@@ -1,4 +1,4 @@
-//! Taking away what nobody needs: expired artifacts, abandoned uploads, replaced and leftover blocks.
+//! Taking away what nobody needs: expired artifacts, unused cache entries, abandoned uploads, leftover blocks.
 //!
 //! `app` runs it in the background and `wharfinger clean` once. One replica cleans at a time, under a lease; every
 //! step may be cut anywhere and repeated. Rows are tombstones before their objects go, and go after them.
@@ -22,7 +22,7 @@ use crate::model::{BlobId, ObjectKey};
 pub struct Settings {
     #[serde(with = "crate::duration")]
     pub interval: Duration,
-    /// How long the bytes of a deleted or expired artifact stay for downloads that are under way.
+    /// How long the bytes of a deleted or expired artifact or cache entry stay for downloads that are under way.
     #[serde(with = "crate::duration")]
     pub delete_grace: Duration,
     /// When the prefix of a sealed or dead blob is searched for leftovers: later than any request can last.
@@ -40,6 +40,8 @@ pub struct Settings {
 pub struct Report {
     pub expired_artifacts: u64,
     pub abandoned_uploads: u64,
+    /// Cache entries that were not used, or made room for others.
+    pub evicted_cache_entries: u64,
     pub deleted_objects: u64,
     pub dropped_blobs: u64,
 }
@@ -60,6 +62,7 @@ impl Services {
                     tracing::info!(
                         expired_artifacts = report.expired_artifacts,
                         abandoned_uploads = report.abandoned_uploads,
+                        evicted_cache_entries = report.evicted_cache_entries,
                         deleted_objects = report.deleted_objects,
                         dropped_blobs = report.dropped_blobs,
                         "cleaned"
@@ -159,6 +162,7 @@ impl Pass<'_> {
             return Ok(None);
         }
         self.bury().await?;
+        self.bury_caches().await?;
         self.collect_garbage().await?;
         self.sweep().await?;
         self.collect_garbage().await?;
@@ -211,6 +215,57 @@ impl Pass<'_> {
         Ok(())
     }
 
+    async fn bury_caches(&mut self) -> Result<()> {
+        let Services(parts) = self.services;
+        let settings = &parts.settings.cache;
+        while let Some(now_ms) = self.hold().await? {
+            let begun = Instant::now();
+            let dead_since_ms = now_ms - millis(settings.reservation_ttl);
+            let dead = parts.db.dead_reservations(dead_since_ms, self.batch()).await?;
+            let given_up = parts.db.evict_cache_entries(&dead, "abandoned", now_ms).await?;
+            self.report.abandoned_uploads += given_up;
+            if given_up == 0 {
+                break;
+            }
+            give_way(begun).await;
+        }
+        while let Some(now_ms) = self.hold().await? {
+            let begun = Instant::now();
+            let idle_since_ms = now_ms - millis(settings.idle_after);
+            let idle = parts.db.idle_cache_entries(idle_since_ms, self.batch()).await?;
+            let evicted = parts.db.evict_cache_entries(&idle, "expired", now_ms).await?;
+            self.report.evicted_cache_entries += evicted;
+            if evicted == 0 {
+                break;
+            }
+            give_way(begun).await;
+        }
+        if settings.max_bytes_per_repository == 0 {
+            return Ok(());
+        }
+        loop {
+            let large = parts
+                .db
+                .large_caches(settings.max_bytes_per_repository, self.batch())
+                .await?;
+            let mut evicted = 0;
+            for cache in large {
+                let Some(now_ms) = self.hold().await? else {
+                    return Ok(());
+                };
+                let begun = Instant::now();
+                let unused = parts.db.least_used_cache_entries(cache, self.batch()).await?;
+                evicted += parts.db.evict_cache_entries(&unused, "evicted", now_ms).await?;
+                failpoint::reach("clean_evicted");
+                give_way(begun).await;
+            }
+            self.report.evicted_cache_entries += evicted;
+            if evicted == 0 {
+                return Ok(());
+            }
+        }
+    }
+
     /// Deletes the objects of blobs that have been dead for the grace time.
     async fn empty(&mut self) -> Result<()> {
         let Services(parts) = self.services;
@@ -234,7 +289,7 @@ impl Pass<'_> {
             let dead_since_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let blobs = parts.db.blobs_to_drop(dead_since_ms, self.batch()).await?;
             for &blob in &blobs {
-                self.report.deleted_objects += self.delete_leftovers(blob, &HashSet::new()).await?;
+                self.report.deleted_objects += self.delete_leftovers(blob, &HashSet::new(), i64::MAX).await?;
                 parts.store.remove_prefix(blob).await?;
                 failpoint::reach("clean_before_drop");
                 parts.db.drop_blob(blob).await?;
@@ -255,7 +310,7 @@ impl Pass<'_> {
             let blobs = parts.db.blobs_to_sweep(sealed_before_ms, self.batch()).await?;
             for &blob in &blobs {
                 let named = parts.db.objects_of(blob).await?.into_iter().collect();
-                self.report.deleted_objects += self.delete_leftovers(blob, &named).await?;
+                self.report.deleted_objects += self.delete_leftovers(blob, &named, i64::MAX).await?;
                 failpoint::reach("clean_before_swept");
                 parts.db.mark_swept(blob, now_ms).await?;
             }
@@ -263,13 +318,29 @@ impl Pass<'_> {
                 break;
             }
         }
+        while let Some(now_ms) = self.hold().await? {
+            let settled_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
+            let containers = parts.db.containers_to_sweep(settled_ms, self.batch()).await?;
+            for &blob in &containers {
+                let named = parts.db.objects_of(blob).await?.into_iter().collect();
+                // Chunks may still be coming: what is younger than any request may be named yet.
+                self.report.deleted_objects += self.delete_leftovers(blob, &named, settled_ms).await?;
+                parts.db.mark_container_swept(blob, now_ms).await?;
+            }
+            if containers.is_empty() {
+                break;
+            }
+        }
         Ok(())
     }
 
-    /// Returns how many there were.
-    async fn delete_leftovers(&self, blob: BlobId, named: &HashSet<ObjectKey>) -> Result<u64> {
+    /// Deletes the objects below a blob's prefix that are not named and were made at or before `until_ms`. Returns how
+    /// many there were.
+    async fn delete_leftovers(&self, blob: BlobId, named: &HashSet<ObjectKey>, until_ms: i64) -> Result<u64> {
         let objects = self.services.store.list(blob).await?.into_iter();
-        let leftovers = objects.map(|object| object.key).filter(|key| !named.contains(key));
+        let leftovers = objects
+            .filter(|object| object.modified_ms <= until_ms && !named.contains(&object.key))
+            .map(|object| object.key);
         self.services.delete_unused(leftovers.collect()).await
     }
 
@@ -291,6 +362,8 @@ impl Pass<'_> {
     fn count(&self) {
         metrics::counter!("wharfinger_cleaner_expired_artifacts_total").increment(self.report.expired_artifacts);
         metrics::counter!("wharfinger_cleaner_abandoned_uploads_total").increment(self.report.abandoned_uploads);
+        metrics::counter!("wharfinger_cleaner_evicted_cache_entries_total")
+            .increment(self.report.evicted_cache_entries);
         metrics::counter!("wharfinger_cleaner_deleted_objects_total").increment(self.report.deleted_objects);
         metrics::counter!("wharfinger_cleaner_dropped_blobs_total").increment(self.report.dropped_blobs);
         metrics::counter!("wharfinger_cleaner_passes_total").increment(1);

@@ -1,6 +1,6 @@
 //! Bytes going out: a finalized blob, whole or in part.
 //!
-//! Called by `api/blobs.rs` with a verified read link. Bytes that were not compared with the client's hash yet never
+//! Called by `api/blobs.rs` with a verified read link, and for pieces by `files.rs`. Bytes that were not compared with the client's hash yet never
 //! leave as a complete reply unless they match it.
 
 use std::ops::Range;
@@ -14,10 +14,14 @@ use super::Services;
 use crate::db::ReadableBlob;
 use crate::error::{Error, Result};
 use crate::model::{BlobId, Sha256};
-use crate::storage::{self, BlockStore};
+use crate::storage::{self, BlockStore, Piece};
 
 /// How much of an unverified blob is held back until its hash is known.
 const HELD_BACK_BYTES: u64 = 64 * 1024;
+
+/// What a piece of a download takes until it is sent, and how many are not counted.
+const PIECE_BYTES: u64 = 256;
+const FREE_PIECES: usize = 1_000;
 
 /// The bytes of a reply. An error item means that the reply must be cut.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
@@ -29,10 +33,10 @@ impl Services {
     /// [`Error::NotFound`] while it is pending, and once it is expired or deleted; [`Error::Gone`] if it is lost.
     pub async fn readable_blob(&self, blob: BlobId) -> Result<ReadableBlob> {
         match self.db.readable_blob(blob, self.clock.now_ms()).await? {
-            Some(blob) if blob.lost => Err(Error::Gone("the artifact's bytes were damaged in the store".to_owned())),
+            Some(blob) if blob.lost => Err(Error::Gone("the bytes were damaged in the store".to_owned())),
             Some(blob) => Ok(blob),
             None => Err(Error::NotFound(
-                "the artifact does not exist, expired or was deleted".to_owned(),
+                "the blob does not exist, expired or was deleted".to_owned(),
             )),
         }
     }
@@ -53,13 +57,20 @@ impl Services {
                 "the end of the artifact is still being verified, try again".to_owned(),
             ));
         }
-        let share = self.memory.for_download(BlockStore::READ_HOLDS_BYTES).await?;
-        let reader = self.store.read(storage::window(blocks, range)?).await?;
-        let bytes: ByteStream = match expected {
-            Some(expected) if whole => self.verified(blob, expected, Box::pin(reader)),
-            _ => Box::pin(reader),
-        };
-        Ok(Box::pin(bytes.inspect(move |_| {
+        let bytes = self.read_pieces(storage::window(blocks, range)?).await?;
+        Ok(match expected {
+            Some(expected) if whole => self.verified(blob, expected, bytes),
+            _ => bytes,
+        })
+    }
+
+    /// Opens pieces of objects, within the memory that downloads may take.
+    pub(super) async fn read_pieces(&self, pieces: Vec<Piece>) -> Result<ByteStream> {
+        // A blob of very many blocks needs room for what is known of them.
+        let rows = pieces.len().saturating_sub(FREE_PIECES) as u64 * PIECE_BYTES;
+        let share = self.memory.for_download(BlockStore::READ_HOLDS_BYTES + rows).await?;
+        let reader = self.store.read(pieces).await?;
+        Ok(Box::pin(reader.inspect(move |_| {
             let _held = &share;
         })))
     }

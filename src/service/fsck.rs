@@ -1,15 +1,15 @@
 //! Whether database and store agree: the invariants behind what was promised, checked while the server runs.
 //!
 //! `wharfinger fsck` calls it. Repairs only what is provable: deletes objects that nobody knows and that are older than
-//! any request, and marks artifacts whose bytes are gone as lost. It never deletes what a row names.
+//! any request, marks artifacts and cache entries whose bytes are gone as lost, and counts caches anew. It never deletes what a row names.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use futures_util::StreamExt;
 use serde::Serialize;
 
 use super::{Services, millis};
-use crate::db::{SealedBlob, Standing};
+use crate::db::{Miscount, SealedBlob, Standing};
 use crate::error::{Error, Result};
 use crate::model::{BlobId, ObjectKey};
 use crate::storage::{self, Listed};
@@ -27,10 +27,16 @@ pub struct Options {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
-    /// An artifact's bytes are missing or changed. Repaired by marking it lost.
+    /// An artifact's or a cache entry's bytes are missing or changed. Repaired by marking it lost.
     Lost,
+    /// The rows of a blob and of its artifact or cache entry say different things. Not repaired.
+    Torn,
+    /// A repository's cache has another size than was counted. Repaired by counting anew.
+    Miscounted,
     /// An object that nobody knows. Repaired by deleting it.
     Orphan,
+    /// A file of an artifact of version 3 does not have all its chunks.
+    Broken,
     /// Something that the cleaner should have taken away. `wharfinger clean` does.
     Overdue,
 }
@@ -70,7 +76,9 @@ impl Services {
             tell,
             summary: Summary::default(),
         };
+        check.rows().await?;
         check.blobs().await?;
+        check.files().await?;
         check.objects().await?;
         check.overdue().await?;
         Ok(check.summary)
@@ -82,17 +90,17 @@ impl Services {
             return Ok(None);
         }
         let blocks = self.db.content_blocks(blob.id, 0, blob.size_bytes).await?;
-        let objects: HashMap<ObjectKey, u64> = self
-            .store
-            .list(blob.id)
-            .await?
-            .into_iter()
-            .map(|object| (object.key, object.size_bytes))
-            .collect();
         let pieces = match storage::window(blocks, 0..blob.size_bytes) {
             Ok(pieces) => pieces,
             Err(error) => return Ok(Some(error.to_string())),
         };
+        // A blob may be made of ranges of another's objects.
+        let owners: BTreeSet<BlobId> = pieces.iter().map(|piece| piece.block.object_key.blob()).collect();
+        let mut objects: HashMap<ObjectKey, u64> = HashMap::new();
+        for owner in owners {
+            let listed = self.store.list(owner).await?;
+            objects.extend(listed.into_iter().map(|object| (object.key, object.size_bytes)));
+        }
         for piece in &pieces {
             let (key, end) = (
                 &piece.block.object_key,
@@ -149,6 +157,32 @@ impl Check<'_> {
         });
     }
 
+    /// Rows that belong together agree.
+    async fn rows(&mut self) -> Result<()> {
+        for blob in self.services.db.torn_blobs().await? {
+            let detail = "its row and that of its artifact or cache entry do not agree".to_owned();
+            self.problem(Kind::Torn, format!("blob {blob}"), detail, false);
+        }
+        for miscount in self.services.db.miscounted_caches().await? {
+            let Miscount {
+                repository,
+                counted_bytes,
+                actual_bytes,
+            } = miscount;
+            if self.options.repair {
+                self.services.db.recount_cache(repository).await?;
+            }
+            let detail = format!("its entries have {actual_bytes} bytes and not {counted_bytes} as counted");
+            self.problem(
+                Kind::Miscounted,
+                format!("cache of repository {repository}"),
+                detail,
+                self.options.repair,
+            );
+        }
+        Ok(())
+    }
+
     /// Every finalized blob can be read whole.
     async fn blobs(&mut self) -> Result<()> {
         let mut after = BlobId(uuid::Uuid::nil());
@@ -164,6 +198,19 @@ impl Check<'_> {
                 }
             }
         }
+    }
+
+    /// Every file that was uploaded by itself has its chunks.
+    async fn files(&mut self) -> Result<()> {
+        let mut batch = self.services.db.broken_files(None, BATCH).await?;
+        while let Some(last) = batch.last().cloned() {
+            for file in &batch {
+                let subject = format!("file {} of container {}", file.path, file.container);
+                self.problem(Kind::Broken, subject, "chunks of it are missing".to_owned(), false);
+            }
+            batch = self.services.db.broken_files(Some(&last), BATCH).await?;
+        }
+        Ok(())
     }
 
     /// Every object is somebody's.

@@ -4,13 +4,17 @@
 //! `papers` together and never answers a client itself.
 
 pub mod artifacts;
+pub mod caches;
+mod chunks;
 pub mod cleaner;
 pub mod downloads;
+pub mod files;
 pub mod fsck;
 pub mod memory;
 pub mod scrub;
 pub mod uploads;
 pub mod verification;
+mod zip;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -28,6 +32,7 @@ use crate::storage::BlockStore;
 pub struct Settings {
     pub uploads: uploads::Settings,
     pub artifacts: artifacts::Settings,
+    pub cache: caches::Settings,
     pub verification: verification::Settings,
     pub cleaner: cleaner::Settings,
     pub scrub: scrub::Settings,

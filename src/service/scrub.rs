@@ -1,7 +1,7 @@
 //! Reading everything again, slowly, so that rot is found before somebody needs the bytes.
 //!
-//! `app` runs it in the background; one replica at a time, under a lease. Damaged artifacts are marked lost and
-//! reported; nothing is deleted.
+//! `app` runs it in the background; one replica at a time, under a lease. Damaged artifacts and cache entries are marked
+//! lost and reported; nothing is deleted.
 
 use std::time::Duration;
 
@@ -69,7 +69,7 @@ impl Services {
                     && self.db.mark_lost(blob.id).await?
                 {
                     metrics::counter!("wharfinger_lost_artifacts_total").increment(1);
-                    tracing::error!(blob = %blob.id, %reason, "an artifact is damaged and was taken out");
+                    tracing::error!(blob = %blob.id, %reason, "an artifact or a cache entry is damaged and was taken out");
                 }
             }
             Err(error) => return Err(error),

@@ -1,6 +1,6 @@
 //! Bytes coming in: blocks, block lists and whole blobs.
 //!
-//! Called by `api/blobs.rs` with a verified write link. An object is complete in the store before any row names it,
+//! Called by `api/blobs.rs` with a verified write link, and for objects by `files.rs`. An object is complete in the store before any row names it,
 //! and is deleted when its row is refused.
 
 use std::time::Duration;
@@ -14,7 +14,7 @@ use super::{Services, memory};
 use crate::db::{Committed, ListEntry, WritableBlob};
 use crate::error::{Error, Result};
 use crate::failpoint;
-use crate::model::{BlobId, Block, ObjectKey};
+use crate::model::{BlobId, BlobKind, Block, ObjectKey};
 use crate::storage::BlockStore;
 
 /// The `[uploads]` section of the configuration.
@@ -67,8 +67,11 @@ impl Services {
         if upload.size_bytes > limit {
             return Err(Error::TooLarge(format!("a block may have at most {limit} bytes")));
         }
-        self.check_open(blob).await?;
-        self.check_artifact_size(self.staged_bytes(blob).await?.saturating_add(upload.size_bytes))?;
+        let kind = self.check_open(blob).await?;
+        if self.max_bytes(kind).is_some() {
+            let staged = self.db.staged_bytes(blob).await?;
+            self.check_size(kind, staged.saturating_add(upload.size_bytes))?;
+        }
         let share = self.memory.for_upload(BlockStore::PUT_HOLDS_BYTES).await?;
         let block = self.store_object(blob, upload).await?;
         drop(share);
@@ -110,7 +113,8 @@ impl Services {
         for _ in 0..LIST_TRIES {
             let durable = match self.db.listed_blocks(blob, list).await {
                 Ok(blocks) => {
-                    self.check_artifact_size(blocks.iter().map(|row| row.block.size_bytes).sum())?;
+                    self.check_list_size(blob, blocks.iter().map(|row| row.block.size_bytes).sum())
+                        .await?;
                     let objects: Vec<_> = blocks
                         .iter()
                         .map(|row| (row.block.object_key.clone(), row.block.size_bytes))
@@ -123,7 +127,7 @@ impl Services {
                     }
                 }
                 Err(error @ Error::UnknownBlock(_)) => match self.db.writable_blob(blob).await? {
-                    Some(WritableBlob::Open) => return Err(error),
+                    Some(WritableBlob::Open(_)) => return Err(error),
                     // The database compares the list with the content and answers.
                     Some(WritableBlob::Sealed | WritableBlob::Superseded) | None => Vec::new(),
                 },
@@ -162,8 +166,8 @@ impl Services {
                 "a blob sent at once may have at most {limit} bytes"
             )));
         }
-        self.check_open(blob).await?;
-        self.check_artifact_size(upload.size_bytes)?;
+        let kind = self.check_open(blob).await?;
+        self.check_size(kind, upload.size_bytes)?;
         let block = if upload.size_bytes == 0 {
             None
         } else {
@@ -189,7 +193,7 @@ impl Services {
     }
 
     /// Streams a body into a fresh object and checks it against the client's checksums.
-    async fn store_object<S>(&self, blob: BlobId, upload: Upload<S>) -> Result<Block>
+    pub(super) async fn store_object<S>(&self, blob: BlobId, upload: Upload<S>) -> Result<Block>
     where
         S: Stream<Item = Result<Bytes>> + Send + 'static,
     {
@@ -221,33 +225,48 @@ impl Services {
         })
     }
 
-    async fn check_open(&self, blob: BlobId) -> Result<()> {
+    async fn check_open(&self, blob: BlobId) -> Result<BlobKind> {
         match self.db.writable_blob(blob).await? {
-            Some(WritableBlob::Open) => Ok(()),
+            Some(WritableBlob::Open(kind)) => Ok(kind),
             Some(state) => Err(state.refusal()),
             None => Err(WritableBlob::missing()),
         }
     }
 
-    /// What the blob's rows add up to, where a limit makes it worth asking.
-    async fn staged_bytes(&self, blob: BlobId) -> Result<u64> {
-        if self.settings.artifacts.max_size_bytes == 0 {
-            Ok(0)
-        } else {
-            self.db.staged_bytes(blob).await
+    /// How large a blob of that kind may be, if there is a limit.
+    fn max_bytes(&self, kind: BlobKind) -> Option<u64> {
+        match kind {
+            BlobKind::Artifact => Some(self.settings.artifacts.max_size_bytes).filter(|limit| *limit > 0),
+            BlobKind::Cache => self.max_cache_bytes(),
         }
     }
 
-    fn check_artifact_size(&self, size_bytes: u64) -> Result<()> {
-        let limit = self.settings.artifacts.max_size_bytes;
-        if limit > 0 && size_bytes > limit {
-            return Err(Error::TooLarge(format!("an artifact may have at most {limit} bytes")));
+    /// As [`Services::check_size`], for a blob whose kind is asked for only where it matters.
+    async fn check_list_size(&self, blob: BlobId, size_bytes: u64) -> Result<()> {
+        let limits = [BlobKind::Artifact, BlobKind::Cache].map(|kind| self.max_bytes(kind));
+        if limits.into_iter().flatten().all(|limit| size_bytes <= limit) {
+            return Ok(());
         }
-        Ok(())
+        match self.db.writable_blob(blob).await? {
+            Some(WritableBlob::Open(kind)) => self.check_size(kind, size_bytes),
+            // The database answers.
+            _ => Ok(()),
+        }
+    }
+
+    fn check_size(&self, kind: BlobKind, size_bytes: u64) -> Result<()> {
+        let what = match kind {
+            BlobKind::Artifact => "an artifact",
+            BlobKind::Cache => "a cache entry",
+        };
+        match self.max_bytes(kind) {
+            Some(limit) if size_bytes > limit => Err(Error::TooLarge(format!("{what} may have at most {limit} bytes"))),
+            _ => Ok(()),
+        }
     }
 
     /// Deletes an object that no row names. A failure leaves it to the cleaner.
-    async fn discard(&self, key: &ObjectKey) {
+    pub(super) async fn discard(&self, key: &ObjectKey) {
         if let Err(error) = self.store.delete(key).await {
             tracing::warn!(%key, %error, "a refused object stays until its blob is swept");
         }

@@ -9,16 +9,14 @@
 // `{"uploaded":id,"size","sha256"}` or `{"deleted":id}`, and `{"deleting":id}` before it is asked to.
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
-import { createCipheriv, createHash, randomBytes } from 'node:crypto'
 import fs from 'node:fs'
-import os from 'node:os'
 import path from 'node:path'
-import { pipeline } from 'node:stream/promises'
 import { fileURLToPath } from 'node:url'
+import {
+  MiB, assertSameFiles, hashFile, makeFiles, noiseBuffer, notApplicable, runCases, sha256, temporaryDirectory
+} from './common.mjs'
 
-const MiB = 1024 * 1024
 const BIG_BYTES = Number(process.env.WHARFINGER_TEST_BIG_BYTES || 300 * MiB)
-const CASE_TIMEOUT_MS = Number(process.env.WHARFINGER_TEST_CASE_TIMEOUT_MS || 600_000)
 
 const self = fileURLToPath(import.meta.url)
 const [clientName, ...args] = process.argv.slice(2)
@@ -26,63 +24,6 @@ const version = clientName?.match(/^artifact-(\d+)\.(\d+)\.(\d+)$/)?.slice(1).ma
 
 /** Is this artifact client at least major.minor? */
 const since = (major, minor) => version[0] > major || (version[0] === major && version[1] >= minor)
-
-class NotApplicable extends Error {}
-const notApplicable = why => { throw new NotApplicable(why) }
-
-// ---- files and hashes
-
-const sha256 = data => createHash('sha256').update(data).digest('hex')
-
-/** Deterministic bytes that do not compress: a key stream. */
-function* noise(seed, size) {
-  const cipher = createCipheriv('aes-256-ctr', createHash('sha256').update(seed).digest(), Buffer.alloc(16))
-  const zeros = Buffer.alloc(Math.min(size, MiB))
-  for (let left = size; left > 0; left -= MiB) yield cipher.update(zeros.subarray(0, Math.min(left, MiB)))
-}
-const noiseBuffer = (seed, size) => Buffer.concat([...noise(seed, size)])
-
-// Blocking file access where there are many small files: several times as fast.
-function hashFile(file) {
-  const hash = createHash('sha256')
-  const buffer = Buffer.allocUnsafe(64 * 1024)
-  const fd = fs.openSync(file)
-  for (let n; (n = fs.readSync(fd, buffer)) > 0;) hash.update(buffer.subarray(0, n))
-  fs.closeSync(fd)
-  return hash.digest('hex')
-}
-
-/** Writes `{relative path: content or size of noise}`; returns the files and what they hash to. */
-async function makeFiles(root, contents) {
-  const files = []
-  const hashes = new Map()
-  for (const [relative, content] of Object.entries(contents)) {
-    const file = path.join(root, relative)
-    fs.mkdirSync(path.dirname(file), { recursive: true })
-    if (typeof content === 'number') await pipeline(noise(root + relative, content), fs.createWriteStream(file))
-    else fs.writeFileSync(file, content)
-    files.push(file)
-    hashes.set(relative, hashFile(file))
-  }
-  return { root, files, hashes }
-}
-
-function assertSameFiles(root, expected) {
-  const actual = new Map()
-  for (const entry of fs.readdirSync(root, { recursive: true, withFileTypes: true })) {
-    if (entry.isDirectory()) continue
-    const file = path.join(entry.parentPath, entry.name)
-    actual.set(path.relative(root, file), hashFile(file))
-  }
-  const wrong = [
-    ...[...expected].filter(([file]) => !actual.has(file)).map(([file]) => `missing: ${file}`),
-    ...[...actual].filter(([file]) => !expected.has(file)).map(([file]) => `not expected: ${file}`),
-    ...[...expected].filter(([file, hash]) => actual.has(file) && actual.get(file) !== hash).map(([file]) => `other content: ${file}`)
-  ]
-  assert(wrong.length === 0, `${wrong.length} files differ after the download: ${wrong.slice(0, 5).join('; ')}`)
-}
-
-const temporaryDirectory = () => fs.mkdtempSync(path.join(process.env.RUNNER_TEMP || os.tmpdir(), 'wharfinger-e2e-'))
 
 // ---- the server, called by hand
 
@@ -208,17 +149,7 @@ const artifactCases = {
   },
 
   async tree(root, name) {
-    const folders = [
-      'plain', 'Überseehäfen', '日本語', '🚢 Schiffe', 'two  spaces', '50%', '%41', '#1', '.hidden', '..two dots',
-      'a&b=c+d', "it's", 'semi;colon,comma', '[brackets]{braces}', '$HOME', '~', '`tick`', 'ยินดี', 'Привет', 'end.'
-    ]
-    const contents = {}
-    for (let i = 0; i < 2000; i++) {
-      const [a, b, c] = [folders[i % 20], folders[Math.floor(i / 20) % 20], folders[Math.floor(i / 400)]]
-      const folder = [a, `${a}/${b}`, `${a}/${b}/${c}`, `${a}/${b}/${c}/.tiefer 深い`][i % 4]
-      contents[`${folder}/${i % 3 ? '' : '.'}${b} ${i}${i % 5 ? '.txt' : ''}`] = `${i} ${name}\n`.repeat(1 + (i % 50))
-    }
-    const made = await makeFiles(root, contents)
+    const made = await makeFiles(root, manyFiles(name))
     assert.equal(made.hashes.size, 2000)
     return roundTrip(name, made)
   },
@@ -465,29 +396,6 @@ const sdkCases = {
 
 // ---- running
 
-async function run(name, test) {
-  const directory = temporaryDirectory()
-  let timer
-  const timeout = new Promise((_, reject) => {
-    timer = setTimeout(() => reject(new Error(`no end after ${CASE_TIMEOUT_MS} ms`)), CASE_TIMEOUT_MS)
-  })
-  const unique = `${clientName} ${name} ${randomBytes(4).toString('hex')}`
-  const started = Date.now()
-  try {
-    const detail = await Promise.race([test(directory, unique), timeout])
-    return { status: 'ok', detail, ms: Date.now() - started }
-  } catch (error) {
-    const status = error instanceof NotApplicable ? 'na' : 'fail'
-    const where = status === 'fail' ? error.stack?.match(/client\.mjs:\d+/)?.[0] : undefined
-    if (status === 'fail') console.error(error)
-    return { status, detail: where ? `${error.message} (${where})` : error.message, ms: Date.now() - started }
-  } finally {
-    clearTimeout(timer)
-    // After a timeout the client may still be writing there.
-    fs.rmSync(directory, { recursive: true, force: true, maxRetries: 5 })
-  }
-}
-
 assert(args[0] && (version || clientName === 'storage-blob'), 'usage: client.mjs artifact-<version>|storage-blob <case>[,<case>…]|all')
 if (args[0] === '--die') {
   await uploadAndDie(...args.slice(1))
@@ -499,9 +407,6 @@ const why = version ? 'a case of the SDK alone' : 'a case of the artifact client
 const names = args[0] === 'all' ? [...Object.keys(artifactCases), ...Object.keys(sdkCases)] : args[0].split(',')
 for (const name of names) assert(own[name] ?? foreign[name], `no case ${name}`)
 if (version) client = await loadArtifactClient()
-for (const name of names) {
-  const result = await run(name, own[name] ?? (() => notApplicable(why)))
-  process.stdout.write(`@@${JSON.stringify({ client: clientName, case: name, ...result })}\n`)
-}
+await runCases(clientName, names, name => own[name] ?? (() => notApplicable(why)))
 // A timed-out case may have left something open.
 process.exit(0)

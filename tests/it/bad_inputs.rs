@@ -13,33 +13,32 @@ use serde_json::{Value, json};
 use wharfinger::model::{BlobId, BlobKind};
 use wharfinger::papers::Permission;
 
+use super::artifacts_v3::{V3, gzip};
+use super::cache_api::{CacheJob, VERSION};
 use super::common::raw::{Reply, exchange, request};
 use super::common::{Backend, Job, TestServer, block_link, block_list, issuer};
 
 const TABLE: &str = include_str!("../bad-inputs.tsv");
 /// The rows that must have code here, from and to.
-const NAMED: [(&str, &str); 9] = [
+const NAMED: [(&str, &str); 11] = [
     ("B001", "B004"),
     ("B006", "B008"),
     ("B010", "B012"),
     ("B015", "B019"),
     ("B021", "B022"),
     ("B025", "B049"),
+    ("B051", "B051"),
     ("B060", "B094"),
-    ("B125", "B125"),
+    ("B100", "B109"),
+    ("B120", "B129"),
     ("B140", "B140"),
 ];
 /// Rows for which the server has no surface yet, from and to, and what brings it.
-const NOT_YET: [(&str, &str, &str); 14] = [
+const NOT_YET: [(&str, &str, &str); 9] = [
     ("B005", "B005", "comes with issuers that sign with RSA keys"),
     ("B014", "B014", "comes with GitHub as an issuer"),
     ("B020", "B020", "comes with the revocation of tokens"),
     ("B024", "B024", "comes with API tokens"),
-    ("B051", "B051", "comes with protobuf bodies"),
-    ("B100", "B109", "comes with the cache service"),
-    ("B120", "B123", "comes with version 3 of the artifact protocol"),
-    ("B126", "B128", "comes with version 3 of the artifact protocol"),
-    ("B129", "B129", "comes with version 1 of the cache protocol"),
     ("B131", "B134", "comes with REST"),
     ("B141", "B148", "comes with the limits on connections and overload"),
     ("B150", "B151", "comes with token exchange"),
@@ -50,6 +49,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// Small, so that rows need few requests to reach them.
 const MAX_PER_JOB: usize = 20;
 const MAX_ARTIFACT_BYTES: u64 = 1024 * 1024;
+const MAX_FILES: u32 = 5;
 
 struct Row {
     id: &'static str,
@@ -98,6 +98,8 @@ struct Case<'a> {
     refused: usize,
     /// The artifacts that the row may leave in its run.
     left: Vec<String>,
+    /// How many cache entries it may leave, wherever.
+    saved: usize,
 }
 
 impl<'a> Case<'a> {
@@ -109,6 +111,7 @@ impl<'a> Case<'a> {
             sent: 0,
             refused: 0,
             left: Vec::new(),
+            saved: 0,
         }
     }
 
@@ -133,7 +136,14 @@ impl<'a> Case<'a> {
         if !row.codes[0].starts_with('(') {
             let refusal = (reply.status >= 400).then(|| expected(row, &row.codes, self.refused));
             let target = line.split(' ').nth(1).unwrap();
-            if target.contains("/twirp/") {
+            if target.starts_with("/_apis/") {
+                let answer = reply.json();
+                assert!(
+                    answer["message"].as_str().is_some_and(|text| !text.is_empty()),
+                    "{}",
+                    what()
+                );
+            } else if target.contains("/twirp/") {
                 let answer = reply.json();
                 assert_eq!(reply.header("content-type"), Some("application/json"), "{}", what());
                 if let Some(code) = refusal {
@@ -267,8 +277,73 @@ impl<'a> Case<'a> {
         self.send(request("GET", target(self.server, url), headers, b"")).await
     }
 
-    /// After a row: all answers of the table were asked for, good requests succeed, nothing new is there.
-    async fn finish(mut self) -> Vec<String> {
+    /// A call of the CacheService with the row's good token.
+    async fn cache(&mut self, method: &str, fields: Value) -> Reply {
+        let token = self.job.token.clone();
+        self.cache_as(&token, method, fields).await
+    }
+
+    async fn cache_as(&mut self, token: &str, method: &str, mut fields: Value) -> Reply {
+        let fields = fields.as_object_mut().unwrap();
+        fields.entry("version").or_insert(json!(VERSION));
+        self.cache_body(token, method, JSON, json!(fields).to_string()).await
+    }
+
+    async fn cache_body(
+        &mut self,
+        token: &str,
+        method: &str,
+        content_type: (&str, &str),
+        body: impl AsRef<[u8]>,
+    ) -> Reply {
+        let target = format!("/twirp/github.actions.results.api.v1.CacheService/{method}");
+        let headers = [content_type, ("Authorization", &format!("Bearer {token}"))];
+        self.send(request("POST", &target, &headers, body.as_ref())).await
+    }
+
+    /// A request to version 1 of the cache with the row's good token.
+    async fn cache_v1(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
+        let bearer = format!("Bearer {}", self.job.token);
+        let headers = [&[("Authorization", bearer.as_str())], headers].concat();
+        let target = format!("/_apis/artifactcache/{path}");
+        self.send(request(method, &target, &headers, body.as_bytes())).await
+    }
+
+    /// The row's job as one of version 3, whose run has a number.
+    fn v3(&self) -> V3<'a> {
+        let run = &self.row.id[1..];
+        V3(self.server.job_of("octo/demo", run, "build"))
+    }
+
+    /// A request of version 3 of the artifact protocol.
+    async fn files(&mut self, method: &str, url: &str, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Reply {
+        let bearer = format!("Bearer {}", self.v3().0.token);
+        let headers = [&[("Authorization", bearer.as_str())], headers].concat();
+        let target = target(self.server, url);
+        self.send(request(method, target, &headers, body.as_ref())).await
+    }
+
+    /// Saves a cache entry, which stays.
+    async fn save(&mut self, token: String, key: &str) {
+        let server = self.server;
+        CacheJob { server, token }.save(key, b"saved").await;
+        self.saved += 1;
+    }
+
+    /// A token of the forge for the main branch's cache.
+    fn cache_token(&self, permission: u8) -> String {
+        let scopes = json!([{ "Scope": "refs/heads/main", "Permission": permission }]);
+        let claims = self.claims(json!({ "ac": scopes.to_string() }));
+        forge_token(issuer::HEADER, &claims.to_string())
+    }
+
+    fn token_of_ref(&self, git_ref: &str) -> String {
+        self.server.token_of_ref("octo/demo", self.row.id, "build", git_ref)
+    }
+
+    /// After a row: all answers of the table were asked for, good requests succeed, nothing new is there. Returns how
+    /// much stays.
+    async fn finish(mut self) -> usize {
         let id = self.row.id;
         assert!(self.sent > 0, "{id} sends nothing");
         for (answers, asked) in [
@@ -296,7 +371,7 @@ impl<'a> Case<'a> {
         names.sort();
         self.left.sort();
         assert_eq!(names, self.left, "{id}");
-        names
+        names.len() + self.saved
     }
 }
 
@@ -616,6 +691,14 @@ rows! { case;
             assert_eq!(reply.json(), json!({ "artifacts": [] }), "{filter}");
         }
     }
+    "B051" => {
+        let token = case.job.token.clone();
+        let unknown_fields = b"\xf8\x07\x00".repeat(1_000_000);
+        for body in [&b"\x10\x01"[..], &unknown_fields, b"\x12\xff"] {
+            let protobuf = ("Content-Type", "application/protobuf");
+            case.cache_body(&token, "CreateCacheEntry", protobuf, body).await;
+        }
+    }
     "B060" => {
         let link = case.create().await;
         let (rest, sig) = link.split_once("&sig=").unwrap();
@@ -658,10 +741,10 @@ rows! { case;
         }
     }
     "B063" => {
-        case.not_yet("a cache's link", "comes with the cache service");
-        // In its stead an artifact's link used as a cache's.
+        let (server, token) = (case.server, case.job.token.clone());
+        let cache = CacheJob { server, token }.create("B063").await;
+        case.put(&cache.replace("/blob/cache/", "/blob/art/"), &[], "x").await;
         let write = case.create().await;
-        case.put(&write.replace("/blob/art/", "/blob/cache/"), &[], "x").await;
         let until_s = case.now_s() + 600;
         let papers = &case.server.app.services.papers;
         let read = papers.sign_link(BlobKind::Artifact, Permission::Read, blob_of(&write), until_s);
@@ -893,11 +976,188 @@ rows! { case;
             case.get(&format!("{link}&{added}"), &[]).await;
         }
     }
+    "B100" => {
+        let reply = case.cache_as(&case.cache_token(1), "CreateCacheEntry", json!({ "key": "B100" })).await.json();
+        assert_eq!(reply["ok"], false);
+        assert!(reply["message"].as_str().unwrap().starts_with("cache write denied:"), "{reply}");
+    }
+    "B101" => {
+        let reply = case.cache_as(&case.cache_token(2), "GetCacheEntryDownloadURL", json!({ "key": "B101" })).await;
+        assert!(reply.text().contains("cache read denied:"));
+    }
+    "B102" => {
+        for key in ["x".repeat(513), String::new(), "a,b".into(), "a\0b".into(), "   ".into(), "🚢".repeat(512)] {
+            case.cache("CreateCacheEntry", json!({ "key": key })).await;
+        }
+    }
+    "B103" => {
+        for version in ["", &"x".repeat(1024), "%"] {
+            let fields = json!({ "key": "B103", "version": version });
+            let reply = case.cache("GetCacheEntryDownloadURL", fields).await.json();
+            assert!(reply == json!({ "ok": false }) || reply["code"] == "invalid_argument", "{reply}");
+        }
+    }
+    "B105" => {
+        let other = case.server.token("octo/other", "B105", "build");
+        for (number, token) in [
+            case.token_of_ref("refs/heads/feature"),
+            case.token_of_ref("refs/heads/main/child"),
+            case.token_of_ref("refs/tags/v1"),
+            other,
+            case.token_of_ref("refs/pull/8/merge"),
+        ].into_iter().enumerate() {
+            let key = format!("B105-{number}");
+            case.save(token, &key).await;
+            let pull = case.token_of_ref("refs/pull/7/merge");
+            let fields = json!({ "key": key, "restore_keys": ["B105"] });
+            let reply = case.cache_as(&pull, "GetCacheEntryDownloadURL", fields).await;
+            assert_eq!(reply.json(), json!({ "ok": false }), "{key}");
+        }
+    }
+    "B106" => {
+        let pull = case.token_of_ref("refs/pull/7/merge");
+        let other = case.server.token("octo/other", "B106", "build");
+        let main = case.job.token.clone();
+        let scope = json!([{ "scope": "refs/heads/main", "permission": "3" }]);
+        for metadata in [json!({ "scope": scope }), json!({ "repository_id": "2", "scope": scope })] {
+            let key = format!("B106-{}", case.sent);
+            let fields = json!({ "key": key, "size_bytes": "1", "metadata": metadata });
+            let reply = case.cache_as(&pull, "CreateCacheEntry", fields.clone()).await.json();
+            assert_eq!(case.job.put(reply["signed_upload_url"].as_str().unwrap(), b"x".to_vec()).await.0, 201);
+            case.cache_as(&pull, "FinalizeCacheEntryUpload", fields.clone()).await;
+            case.saved += 1;
+            for (token, sees) in [(&pull, true), (&main, false), (&other, false)] {
+                let reply = case.cache_as(token, "GetCacheEntryDownloadURL", fields.clone()).await;
+                assert_eq!(reply.json()["ok"], sees, "{metadata}");
+            }
+        }
+    }
+    "B108" => {
+        let (server, token) = (case.server, case.job.token.clone());
+        let job = CacheJob { server, token };
+        let link = job.create("B108").await;
+        case.cache("CreateCacheEntry", json!({ "key": "B108" })).await;
+        assert_eq!(job.put(&link, b"x").await, 201);
+        assert_eq!(job.finalize("B108", 1).await.0, 200);
+        case.saved += 1;
+        case.cache("CreateCacheEntry", json!({ "key": "B108" })).await;
+    }
+    "B109" => {
+        let (server, token) = (case.server, case.job.token.clone());
+        let job = CacheJob { server, token };
+        let link = job.create("B109").await;
+        assert_eq!(job.put(&link, b"12345").await, 201);
+        for size in ["6", "21474836480", "9223372036854775808"] {
+            case.cache("FinalizeCacheEntryUpload", json!({ "key": "B109", "size_bytes": size })).await;
+        }
+    }
+    "B120" => {
+        let file = format!("{}?itemPath=x%2Ff", case.v3().open("x").await);
+        for range in [
+            "bytes 0-9223372036854775807/*",
+            "bytes 5-4/10",
+            "bytes -1-5/10",
+            "bytes 0-9/5",
+            "bytes a-b/c",
+        ] {
+            case.files("PUT", &file, &[("Content-Range", range)], "0123456789").await;
+        }
+        case.files("PUT", &file, &[], "0123456789").await;
+        let range = ("Content-Range", "bytes 0-9/10");
+        case.files("PUT", &file, &[range, range], "0123456789").await;
+        // And one that does not fit to the body.
+        case.files("PUT", &file, &[range], "01234").await;
+    }
+    "B122" => {
+        let container = case.v3().open("a").await;
+        let (long, deep) = (format!("a%2F{}", "b".repeat(4096)), format!("a{}", "%2Fb".repeat(299)));
+        for path in [
+            "..%2F..%2Fx",
+            "%2Fetc%2Fpasswd",
+            "a%2F..%2F..%2Fb",
+            "a%5C..%5Cb",
+            "%2e%2e%2F",
+            "a%2F.%2Fb",
+            "a%2F%2Fb",
+            "a%2Fb%00c",
+            &long,
+            &deep,
+            "C%3Ax",
+            "%5C%5C%3F%5C",
+            "other%2Fb",
+            "a",
+        ] {
+            let file = format!("{container}?itemPath={path}");
+            case.files("PUT", &file, &[("Content-Range", "bytes 0-0/1")], "x").await;
+        }
+        assert!(case.v3().items(&container, "a").await.is_empty());
+    }
+    "B123" => {
+        let job = case.v3();
+        let container = job.open("bomb").await;
+        let bomb = gzip(&vec![0; 64 << 20]);
+        assert_eq!(job.part(&container, "bomb/f", &bomb, 0, bomb.len(), Some(10)).await.0, 201);
+        let items = case.files("GET", &format!("{container}?itemPath=bomb"), &[], "").await;
+        assert!(items.text().contains("\"fileLength\":10,"), "{}", items.text());
+        let items = job.items(&container, "bomb").await;
+        let file = items[0]["contentLocation"].as_str().unwrap();
+        let (status, encoding, content) = job.get(file).await;
+        assert_eq!((status, encoding.as_deref()), (200, Some("gzip")));
+        assert!(content == bomb);
+    }
     "B125" => {
         case.not_yet("on REST", "comes with REST");
+        let artifacts = case.v3().artifacts();
+        let packed = [JSON, ("Content-Encoding", "gzip")];
+        case.files("POST", &artifacts, &packed, b"\x1f\x8b\x08\0\0\0\0\0\0\x03").await;
         let bearer = format!("Bearer {}", case.job.token);
         let headers = [JSON, ("Authorization", &bearer), ("Content-Encoding", "gzip")];
         case.post_with("ListArtifacts", &headers, b"\x1f\x8b\x08\0\0\0\0\0\0\x03").await;
+    }
+    "B126" => {
+        let file = format!("{}?itemPath=x%2Ff", case.v3().open("x").await);
+        let range = ("Content-Range", "bytes 0-9/10");
+        for length in ["-1", "1e9", "9223372036854775808", ""] {
+            let headers = [range, ("Content-Encoding", "gzip"), ("x-tfs-filelength", length)];
+            case.files("PUT", &file, &headers, "0123456789").await;
+        }
+        case.files("PUT", &file, &[range, ("x-tfs-filelength", "11")], "0123456789").await;
+        case.files("PUT", &file, &[range, ("Content-Encoding", "gzip")], "0123456789").await;
+    }
+    "B127" => {
+        let artifacts = case.v3().artifacts();
+        let other = V3(case.server.job_of("octo/demo", "1270", "build"));
+        let container = other.open("theirs").await;
+        case.files("POST", &other.artifacts(), &[JSON], r#"{"Type":"actions_storage","Name":"x"}"#).await;
+        case.files("GET", &format!("{container}?itemPath=theirs"), &[], "").await;
+        case.v3().open("mine").await;
+        case.files("PATCH", &format!("{artifacts}&artifactName=mine"), &[JSON], r#"{"Size":1}"#).await;
+    }
+    "B128" => {
+        let job = case.v3();
+        let container = job.open("many").await;
+        for path in ["many/README", "many/readme", "many/3", "many/4", "many/5"] {
+            job.put(&container, path, path.as_bytes(), None).await;
+        }
+        let range = ("Content-Range", "bytes 0-0/1");
+        case.files("PUT", &format!("{container}?itemPath=many%2F6"), &[range], "6").await;
+        let items = case.files("GET", &format!("{container}?itemPath=many"), &[], "").await;
+        assert_eq!(items.text().matches("\"path\":\"many/README\"").count(), 1);
+        assert_eq!(items.text().matches("\"path\":\"many/readme\"").count(), 1);
+    }
+    "B129" => {
+        let (server, token) = (case.server, case.job.token.clone());
+        let job = CacheJob { server, token };
+        let id = job.v1_reserve("B129").await;
+        assert_eq!(job.v1_chunk(id, "bytes 0-4/*", b"12345").await.0, 204);
+        assert_eq!(job.v1_commit(id, 5).await.0, 204);
+        case.saved += 1;
+        let range = [("Content-Range", "bytes 0-4/*")];
+        case.cache_v1("PATCH", &format!("caches/{id}"), &range, "other").await;
+        for keys in ["a,b,c,d,e,f,g,h,i,j,k", "", &"x".repeat(5 * 1024)] {
+            case.cache_v1("GET", &format!("cache?keys={keys}&version={VERSION}"), &[], "").await;
+        }
+        case.cache_v1("PATCH", "caches/-1", &range, "other").await;
     }
     "B140" => {
         let bearer = format!("Bearer {}", case.job.token);
@@ -935,6 +1195,7 @@ async fn play_all(backend: Backend) {
         issuer::add(config, "forge", Some("wharfinger"));
         config.artifacts.max_per_job = u32::try_from(MAX_PER_JOB).unwrap();
         config.artifacts.max_size_bytes = MAX_ARTIFACT_BYTES;
+        config.artifacts.max_files = MAX_FILES;
     })
     .await;
     // What B022 leaves in another repository's run.
@@ -952,7 +1213,7 @@ async fn play_all(backend: Backend) {
         );
         let mut case = Case::new(&server, row);
         Box::pin(play(row.id, &mut case)).await;
-        finalized += case.finish().await.len();
+        finalized += case.finish().await;
     }
     leaves_nothing(&server, finalized).await;
     server.stop().await;

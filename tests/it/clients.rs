@@ -41,8 +41,27 @@ const CASES: [&str; 13] = [
     "blocks",
     "putblob",
 ];
+const FILE_CLIENTS: [&str; 1] = ["artifact-1.1.3"];
+const FILE_CASES: [&str; 7] = ["small", "tree", "empty", "big", "packed", "merge", "every"];
+const CACHE_CLIENTS: [&str; 9] = [
+    "cache-3.3.0-v1",
+    "cache-4.0.0-v1",
+    "cache-4.0.0-v2",
+    "cache-4.1.0-v1",
+    "cache-4.1.0-v2",
+    "cache-5.0.5-v1",
+    "cache-5.0.5-v2",
+    "cache-6.3.0-v1",
+    "cache-6.3.0-v2",
+];
+const CACHE_CASES: [&str; 8] = [
+    "exact", "prefix", "miss", "conflict", "200mb", "eight", "scopes", "denied",
+];
 /// Clients at work at once on one server: as many as the machines that this runs on have cores.
 const AT_ONCE: usize = 2;
+/// The bits of a cache scope's `Permission`.
+const READ: u8 = 1;
+const WRITE: u8 = 2;
 const ISSUER_SECRET: &str = "a secret of the second issuer, for this test only";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -91,7 +110,11 @@ async fn run_all(backend: Backend) -> Vec<Outcome> {
     environment.set("WHARFINGER_CONFIG", config.display());
     let server = Process::start(&environment);
 
-    let queue = Mutex::new(CLIENTS.to_vec());
+    let variables = vec![
+        ("WHARFINGER_TEST_OTHER_TOKENS", other_identities(&server)),
+        ("WHARFINGER_TEST_CACHE_TOKENS", cache_tokens(&server)),
+    ];
+    let queue = Mutex::new([&CACHE_CLIENTS[..], &CLIENTS, &FILE_CLIENTS].concat());
     let outcomes = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..AT_ONCE {
@@ -101,7 +124,7 @@ async fn run_all(backend: Backend) -> Vec<Outcome> {
                     let runner = Runner {
                         url: server.url.clone(),
                         token: server.token("octo/demo", "1", "build"),
-                        variables: vec![("WHARFINGER_TEST_OTHER_TOKENS", other_identities(&server))],
+                        variables: variables.clone(),
                     };
                     outcomes.lock().unwrap().extend(run_client(&runner, client, "all"));
                 }
@@ -113,17 +136,45 @@ async fn run_all(backend: Backend) -> Vec<Outcome> {
 
 /// Tokens for the same run id of another repository, and of another issuer's repository of the same name.
 fn other_identities(server: &Process) -> String {
+    format!(
+        "{},{}",
+        server.token("octo/other", "1", "build"),
+        forge_token(READ | WRITE)
+    )
+}
+
+/// Jobs of one repository that build different refs, and their likes elsewhere: by what `cache.mjs` calls them.
+fn cache_tokens(server: &Process) -> String {
+    let of_ref = |git_ref: &str| server.token_of_ref("octo/demo", "2", "build", git_ref);
+    json!({
+        "main": of_ref("refs/heads/main"),
+        "feature": of_ref("refs/heads/feature"),
+        "sibling": of_ref("refs/heads/feature-2"),
+        "pull": of_ref("refs/pull/7/merge"),
+        "otherPull": of_ref("refs/pull/8/merge"),
+        "otherRepository": server.token("octo/other", "2", "build"),
+        "otherIssuer": forge_token(READ | WRITE),
+        "readOnly": forge_token(READ),
+        "writeOnly": forge_token(WRITE),
+    })
+    .to_string()
+}
+
+/// A token of the other issuer for run 1 of `octo/demo`, whose job may do with the main branch's cache what
+/// `permission` says.
+fn forge_token(permission: u8) -> String {
     let now_s = Clock::System.now_ms() / 1000;
+    let scopes = json!([{ "Scope": "refs/heads/main", "Permission": permission }]);
     let claims = json!({
         "iss": "forge",
         "scp": "Actions.Results:1:build",
+        "ac": scopes.to_string(),
         "repository": "octo/demo",
         "iat": now_s,
         "exp": now_s + 3600,
     });
     let key = EncodingKey::from_secret(ISSUER_SECRET.as_bytes());
-    let forge = jsonwebtoken::encode(&Header::default(), &claims, &key).unwrap();
-    format!("{},{forge}", server.token("octo/other", "1", "build"))
+    jsonwebtoken::encode(&Header::default(), &claims, &key).unwrap()
 }
 
 /// The table, and what is wrong in it.
@@ -135,8 +186,16 @@ fn table(cells: &BTreeMap<(String, String, String), Outcome>) -> (String, Vec<St
         "client", "case", "SQLite+disk", "Postgres+S3"
     )
     .unwrap();
-    for client in CLIENTS {
-        for case in CASES {
+    let rows = [
+        (&FILE_CLIENTS[..], &FILE_CASES[..]),
+        (&CLIENTS, &CASES),
+        (&CACHE_CLIENTS, &CACHE_CASES),
+    ];
+    for (clients, cases) in rows {
+        for (client, case) in clients
+            .iter()
+            .flat_map(|client| cases.iter().map(move |case| (*client, *case)))
+        {
             write!(table, "{client:<16} {case:<10}").unwrap();
             let mut why = None;
             for backend in Backend::ALL {

@@ -4,20 +4,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use sqlx::{AssertSqlSafe, PgPool, SqlitePool};
 use tempfile::TempDir;
 use uuid::Uuid;
 use wharfinger::clock::Clock;
 use wharfinger::db::{
-    Committed, Created, Db, FinalizeCandidate, ListEntry, ListSource, NewArtifact, NewestArtifact, Sealing, Settings,
-    Verification, WritableBlob,
+    Committed, Created, Db, FinalizeCandidate, ListEntry, ListSource, NewArtifact, NewCacheEntry, NewestArtifact,
+    Reservation, Reserved, Sealing, Settings, Verification, WantedKeys, WritableBlob,
 };
 use wharfinger::error::{Error, Result};
-use wharfinger::model::{ArtifactId, BlobId, BlobState, Block, ObjectKey, Principal, RunKey, Sha256};
+use wharfinger::model::{
+    ArtifactId, BlobId, BlobKind, BlobState, Block, CacheEntryId, ObjectKey, Principal, RunKey, Sha256,
+};
 
-use crate::common::postgres_database;
 use crate::common::process::Environment;
+use crate::common::{TestServer, postgres_database};
 
 /// The time at which everything begins.
 const NOW: i64 = 1_700_000_000_000;
@@ -82,6 +84,11 @@ impl Raw {
         } else {
             Self::Postgres(PgPool::connect(url).await.unwrap())
         }
+    }
+
+    /// To the database of a server.
+    pub async fn of(server: &TestServer) -> Self {
+        Self::connect(server.config.database.url.expose_secret(), &server.config.data_dir).await
     }
 
     pub async fn execute(&self, sql: &str) {
@@ -175,6 +182,11 @@ on_both! {
     garbage_is_forgotten_when_it_is_gone,
     the_scrub_reads_what_was_unread_for_longest,
     large_ids_fit,
+    a_cache_key_is_taken_until_it_is_free,
+    of_many_reservations_one_wins,
+    a_cache_entry_is_found_once_it_is_final,
+    what_changed_is_not_evicted,
+    caches_are_counted,
     a_newer_schema_is_refused,
 }
 
@@ -285,6 +297,48 @@ impl Place {
         (id, blob, block)
     }
 
+    /// Reserves a key of version `1` in a scope. Reservations are dead after [`LIFE`].
+    async fn reserve(&self, principal: &Principal, scope: &str, key: &str, now_ms: i64) -> Reserved {
+        let new = NewCacheEntry {
+            principal,
+            scope,
+            key,
+            version: "1",
+            now_ms,
+            dead_since_ms: now_ms - LIFE,
+        };
+        self.db.reserve_cache_entry(&new).await.unwrap()
+    }
+
+    /// A finalized entry of one object.
+    async fn save(&self, scope: &str, key: &str, size_bytes: u64, now_ms: i64) -> (CacheEntryId, BlobId) {
+        let principal = attempt(1);
+        let Reserved::Upload(id, blob) = self.reserve(&principal, scope, key, now_ms).await else {
+            panic!("{key} is taken");
+        };
+        let block = block(blob, size_bytes);
+        self.db.commit_whole(blob, Some(&block), None, now_ms).await.unwrap();
+        let candidate = self.db.cache_candidate(&principal, scope, Reservation::Id(id)).await;
+        let candidate = candidate.unwrap().unwrap();
+        assert!(self.db.finalize_cache_entry(&candidate, now_ms).await.unwrap());
+        (id, blob)
+    }
+
+    /// The key that a reader of `scope` finds between two.
+    async fn find(&self, scope: &str, low: &str, high: &str) -> Option<String> {
+        let wanted = [WantedKeys { scope, low, high }];
+        let found = self.db.find_cache_entry(&attempt(1).run, &wanted, "1").await.unwrap();
+        found.map(|found| found.key)
+    }
+
+    async fn cached_bytes(&self) -> i64 {
+        assert_eq!(self.db.miscounted_caches().await.unwrap(), []);
+        assert_eq!(self.db.torn_blobs().await.unwrap(), []);
+        self.raw
+            .number("SELECT CAST(coalesce(sum(size_bytes), 0) AS BIGINT) FROM cache_repositories")
+            .await
+    }
+
     async fn content(&self, blob: BlobId) -> Vec<(u64, Block)> {
         self.db.content_blocks(blob, 0, i64::MAX.cast_unsigned()).await.unwrap()
     }
@@ -392,7 +446,10 @@ async fn creating_takes_free_names(place: Place) {
     let (a, b) = (place.begin(&job, "a", NOW).await, place.begin(&job, "b", NOW).await);
     assert_ne!(a, b);
     for blob in [a, b] {
-        assert_eq!(place.db.writable_blob(blob).await.unwrap(), Some(WritableBlob::Open));
+        assert_eq!(
+            place.db.writable_blob(blob).await.unwrap(),
+            Some(WritableBlob::Open(BlobKind::Artifact))
+        );
     }
     assert_eq!(place.db.writable_blob(BlobId::fresh()).await.unwrap(), None);
     let candidate = place.candidate(&job, "a").await;
@@ -466,7 +523,10 @@ async fn creating_over_an_expired_name_frees_it(place: Place) {
     };
     // Gone, and not superseded: its bytes were final.
     assert_eq!(place.db.writable_blob(old).await.unwrap(), None);
-    assert_eq!(place.db.writable_blob(fresh).await.unwrap(), Some(WritableBlob::Open));
+    assert_eq!(
+        place.db.writable_blob(fresh).await.unwrap(),
+        Some(WritableBlob::Open(BlobKind::Artifact))
+    );
     assert_eq!(place.names(&job, NOW + LIFE).await, [""; 0]);
     // Other content has another id.
     place.db.commit_whole(fresh, None, None, NOW + LIFE).await.unwrap();
@@ -519,7 +579,7 @@ async fn of_many_creates_the_newest_wins(place: Place) {
             panic!("a pending name refuses nobody")
         };
         match place.db.writable_blob(blob).await.unwrap() {
-            Some(WritableBlob::Open) => open.push(blob),
+            Some(WritableBlob::Open(BlobKind::Artifact)) => open.push(blob),
             Some(WritableBlob::Superseded) => {}
             other => panic!("{other:?}"),
         }
@@ -535,7 +595,10 @@ async fn of_many_creates_the_newest_wins(place: Place) {
         ])
     );
     assert_eq!(place.raw.number("SELECT count(*) FROM artifacts").await, 1);
-    assert_eq!(place.db.writable_blob(newest).await.unwrap(), Some(WritableBlob::Open));
+    assert_eq!(
+        place.db.writable_blob(newest).await.unwrap(),
+        Some(WritableBlob::Open(BlobKind::Artifact))
+    );
 }
 
 // Staging.
@@ -936,7 +999,7 @@ async fn finalizing_seals_what_was_looked_at(place: Place) {
     );
     assert_eq!(sealed.blob_state, Some(BlobState::Sealed));
     let readable = place.db.readable_blob(blob, NOW).await.unwrap().unwrap();
-    assert_eq!((readable.id, readable.artifact_name.as_str()), (blob, "a"));
+    assert_eq!((readable.id, readable.name.as_str()), (blob, "a"));
     assert_eq!(readable.mime_type.as_deref(), Some("application/zip"));
     assert_eq!(readable.content_type.as_deref(), Some("zip"));
     assert_eq!(
@@ -1213,7 +1276,10 @@ async fn the_cleaner_expires_and_abandons(place: Place) {
     assert_eq!(db.abandon_uploads(NOW - 1, NOW, 10).await.unwrap(), 0);
     assert_eq!(db.abandon_uploads(NOW, NOW, 10).await.unwrap(), 1);
     assert_eq!(db.writable_blob(begun).await.unwrap(), None);
-    assert_eq!(db.writable_blob(committed).await.unwrap(), Some(WritableBlob::Open));
+    assert_eq!(
+        db.writable_blob(committed).await.unwrap(),
+        Some(WritableBlob::Open(BlobKind::Artifact))
+    );
     assert_eq!(db.abandon_uploads(NOW + 1, NOW, 10).await.unwrap(), 1);
     assert_eq!(place.counts().await, BTreeMap::from([("deleting".to_owned(), 5)]));
     assert_eq!(place.raw.number("SELECT count(*) FROM artifacts").await, 0);
@@ -1332,6 +1398,215 @@ async fn the_scrub_reads_what_was_unread_for_longest(place: Place) {
         .execute(&format!("UPDATE blobs SET scrubbed_at_ms = 0 WHERE id = {blob}"))
         .await;
     assert_eq!(due(NOW).await, Some(second));
+}
+
+const MAIN: &str = "refs/heads/main";
+
+async fn a_cache_key_is_taken_until_it_is_free(place: Place) {
+    let job = attempt(1);
+    let Reserved::Upload(id, blob) = place.reserve(&job, MAIN, "k", NOW).await else {
+        panic!("it is new");
+    };
+    assert_eq!(place.reserve(&job, MAIN, "k", NOW + LIFE - 1).await, Reserved::Exists);
+    for (other, scope, key) in [
+        (attempt(1), MAIN, "K"),
+        (attempt(1), MAIN, "k "),
+        (attempt(1), "refs/heads/mai", "k"),
+        (principal("name:octo/other", "1", "build", 1), MAIN, "k"),
+    ] {
+        assert!(
+            matches!(place.reserve(&other, scope, key, NOW).await, Reserved::Upload(..)),
+            "{key}"
+        );
+    }
+    // Dead: the next one takes it, and the first one's upload ends.
+    let Reserved::Upload(next, _) = place.reserve(&job, MAIN, "k", NOW + LIFE).await else {
+        panic!("it is free");
+    };
+    assert!(next > id);
+    assert_eq!(
+        place.db.writable_blob(blob).await.unwrap(),
+        Some(WritableBlob::Superseded)
+    );
+    assert!(
+        place
+            .db
+            .cache_candidate(&job, MAIN, Reservation::Id(id))
+            .await
+            .unwrap()
+            .is_none()
+    );
+    // Final, and then lost.
+    let (_, blob) = place.save(MAIN, "saved", 10, NOW).await;
+    assert_eq!(
+        place.reserve(&job, MAIN, "saved", NOW + 10 * LIFE).await,
+        Reserved::Exists
+    );
+    assert_eq!(place.cached_bytes().await, 10);
+    assert!(place.db.is_shown(blob).await.unwrap());
+    assert!(place.db.mark_lost(blob).await.unwrap());
+    assert!(!place.db.mark_lost(blob).await.unwrap() && !place.db.is_shown(blob).await.unwrap());
+    assert_eq!(place.find(MAIN, "saved", "saved").await, None);
+    assert!(place.db.readable_blob(blob, NOW).await.unwrap().unwrap().lost);
+    assert_eq!(place.cached_bytes().await, 10);
+    place.save(MAIN, "saved", 7, NOW).await;
+    assert_eq!(place.cached_bytes().await, 7);
+    assert!(place.db.readable_blob(blob, NOW).await.unwrap().is_none());
+}
+
+async fn of_many_reservations_one_wins(place: Place) {
+    let reserving = (0..8).map(|job| {
+        let (db, job) = (
+            place.db.clone(),
+            principal("name:octo/demo", "1", &format!("job-{job}"), 1),
+        );
+        tokio::spawn(async move {
+            let new = NewCacheEntry {
+                principal: &job,
+                scope: MAIN,
+                key: "k",
+                version: "1",
+                now_ms: NOW,
+                dead_since_ms: NOW - LIFE,
+            };
+            db.reserve_cache_entry(&new).await.unwrap()
+        })
+    });
+    let outcomes = futures_util::future::join_all(reserving).await;
+    let won = outcomes
+        .into_iter()
+        .filter(|outcome| *outcome.as_ref().unwrap() != Reserved::Exists);
+    assert_eq!(won.count(), 1);
+    assert_eq!(place.counts().await, BTreeMap::from([("staging".to_owned(), 1)]));
+}
+
+async fn a_cache_entry_is_found_once_it_is_final(place: Place) {
+    let job = attempt(1);
+    let Reserved::Upload(id, blob) = place.reserve(&job, MAIN, "k", NOW).await else {
+        panic!("it is new");
+    };
+    let key = Reservation::Key { key: "k", version: "1" };
+    let strangers = [
+        (principal("name:octo/demo", "2", "build", 1), MAIN),
+        (principal("name:octo/other", "1", "build", 1), MAIN),
+        (attempt(1), "refs/heads/other"),
+    ];
+    for (stranger, scope) in &strangers {
+        for reservation in [key, Reservation::Id(id)] {
+            assert!(
+                place
+                    .db
+                    .cache_candidate(stranger, scope, reservation)
+                    .await
+                    .unwrap()
+                    .is_none()
+            );
+        }
+    }
+    let early = place.db.cache_candidate(&job, MAIN, key).await.unwrap().unwrap();
+    assert_eq!(
+        (early.id, early.finalized, early.blob_state),
+        (id, false, Some(BlobState::Staging))
+    );
+    assert!(!place.db.finalize_cache_entry(&early, NOW).await.unwrap());
+    // A block that no list names is nobody's content.
+    let listed = place.stage(blob, "listed", 5).await;
+    let late = place.stage(blob, "late", 5).await;
+    place.commit(blob, &latest(&["listed"])).await.unwrap();
+    place.stage(blob, "later", 5).await;
+    let candidate = place.db.cache_candidate(&job, MAIN, key).await.unwrap().unwrap();
+    place.commit(blob, &latest(&["listed"])).await.unwrap();
+    assert!(
+        !place.db.finalize_cache_entry(&candidate, NOW).await.unwrap(),
+        "another revision"
+    );
+    assert_eq!(place.find(MAIN, "k", "k").await, None);
+    let candidate = place.db.cache_candidate(&job, MAIN, key).await.unwrap().unwrap();
+    assert!(place.db.finalize_cache_entry(&candidate, NOW).await.unwrap());
+    assert!(!place.db.finalize_cache_entry(&candidate, NOW).await.unwrap());
+    assert_eq!(place.content(blob).await, laid_out(&[&listed]));
+    assert!(place.garbage().await.contains(&late.object_key));
+    assert_eq!(place.db.writable_blob(blob).await.unwrap(), Some(WritableBlob::Sealed));
+    let readable = place.db.readable_blob(blob, NOW).await.unwrap().unwrap();
+    assert_eq!(
+        (readable.name.as_str(), readable.size_bytes, readable.unverified),
+        ("k", 5, false)
+    );
+    assert_eq!(place.db.pending_verifications().await.unwrap(), 0);
+    // The newest between two keys, both included.
+    place.save(MAIN, "l", 1, NOW + 1).await;
+    assert_eq!(place.find(MAIN, "k", "l").await.as_deref(), Some("l"));
+    assert_eq!(place.find(MAIN, "k", "kz").await.as_deref(), Some("k"));
+    assert_eq!(place.find(MAIN, "K", "Kz").await, None);
+    assert_eq!(place.find("refs/heads/other", "a", "z").await, None);
+    let sealed = place.db.sealed_blobs(BlobId(Uuid::nil()), 10).await.unwrap();
+    assert_eq!(sealed.len(), 2);
+    assert_eq!(place.cached_bytes().await, 6);
+}
+
+async fn what_changed_is_not_evicted(place: Place) {
+    let (used, _) = place.save(MAIN, "used", 10, NOW).await;
+    place.save(MAIN, "unused", 10, NOW + 1).await;
+    let job = attempt(1);
+    let Reserved::Upload(reserved, blob) = place.reserve(&job, MAIN, "reserved", NOW).await else {
+        panic!("it is new");
+    };
+    assert!(place.db.idle_cache_entries(NOW - 1, 10).await.unwrap().is_empty());
+    assert!(place.db.dead_reservations(NOW - 1, 10).await.unwrap().is_empty());
+    let idle = place.db.idle_cache_entries(NOW + 1, 10).await.unwrap();
+    let dead = place.db.dead_reservations(NOW, 10).await.unwrap();
+    assert_eq!((idle.len(), dead.len()), (2, 1));
+    // One is used and the other one finished while the cleaner thinks about it.
+    place.db.touch_cache_entry(used, NOW + 5).await.unwrap();
+    place.db.touch_cache_entry(used, NOW + 4).await.unwrap();
+    place.db.commit_whole(blob, None, None, NOW).await.unwrap();
+    let candidate = place.db.cache_candidate(&job, MAIN, Reservation::Id(reserved)).await;
+    assert!(
+        place
+            .db
+            .finalize_cache_entry(&candidate.unwrap().unwrap(), NOW)
+            .await
+            .unwrap()
+    );
+    assert_eq!(place.db.evict_cache_entries(&idle, "expired", NOW).await.unwrap(), 1);
+    assert_eq!(place.db.evict_cache_entries(&dead, "abandoned", NOW).await.unwrap(), 0);
+    assert_eq!(place.db.evict_cache_entries(&idle, "expired", NOW).await.unwrap(), 0);
+    for (key, there) in [("used", true), ("unused", false), ("reserved", true)] {
+        assert_eq!(place.find(MAIN, key, key).await.is_some(), there, "{key}");
+    }
+    assert_eq!(place.cached_bytes().await, 10);
+    assert_eq!(place.db.blobs_to_empty(NOW, 10).await.unwrap().len(), 1);
+}
+
+async fn caches_are_counted(place: Place) {
+    for (n, size_bytes) in (0..).zip([10, 20, 30, 40]) {
+        place.save(MAIN, &n.to_string(), size_bytes, NOW + n).await;
+    }
+    assert_eq!(place.cached_bytes().await, 100);
+    assert!(place.db.large_caches(100, 10).await.unwrap().is_empty());
+    let large = place.db.large_caches(75, 10).await.unwrap();
+    assert_eq!((large.len(), large[0].excess_bytes), (1, 25));
+    // Enough, and no more than asked for at once.
+    let unused = place.db.least_used_cache_entries(large[0], 10).await.unwrap();
+    assert_eq!(unused.len(), 2);
+    assert_eq!(
+        place.db.least_used_cache_entries(large[0], 1).await.unwrap(),
+        unused[..1]
+    );
+    assert_eq!(place.db.evict_cache_entries(&unused, "evicted", NOW).await.unwrap(), 2);
+    assert_eq!(place.cached_bytes().await, 70);
+    assert!(place.find(MAIN, "2", "2").await.is_some());
+    // A wrong count is found and put right.
+    place.raw.execute("UPDATE cache_repositories SET size_bytes = 1").await;
+    let wrong = place.db.miscounted_caches().await.unwrap();
+    assert_eq!((wrong[0].counted_bytes, wrong[0].actual_bytes), (1, 70));
+    place.db.recount_cache(wrong[0].repository).await.unwrap();
+    assert_eq!(place.cached_bytes().await, 70);
+    place
+        .raw
+        .execute("UPDATE blobs SET state = 'committed' WHERE size_bytes = 30")
+        .await;
+    assert_eq!(place.db.torn_blobs().await.unwrap().len(), 1);
 }
 
 async fn large_ids_fit(place: Place) {

@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use secrecy::SecretString;
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
-use wharfinger::db::{Created, Db, Lent, ListEntry, ListSource, NewArtifact, Sealing, Settings};
+use wharfinger::db::{
+    ChunkSums, Created, Db, Encoding, Lent, ListEntry, ListSource, NewArtifact, NewCacheEntry, NewChunk, Reservation,
+    Reserved, Sealing, Settings, Staged, WantedKeys,
+};
 use wharfinger::model::{BlobId, Block, ObjectKey, Principal, RunKey, Sha256};
 
 use crate::db_contract::Raw;
@@ -131,6 +134,107 @@ async fn fill(raw: &Raw, from: i64, to: i64, at_ms: i64, fate: Fate) {
         Raw::Sqlite(_) => raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").await,
     }
 }
+
+/// Puts in finalized cache entries `from..=to` of one byte each, of a thousand repositories' `scope`, or all of the
+/// first repository's.
+async fn fill_caches(raw: &Raw, from: i64, to: i64, at_ms: i64, scope: &str, spread: bool) {
+    let (hex, id) = match raw {
+        Raw::Postgres(_) => (
+            "lpad(to_hex((i * 2654435761) % 4294967296), 8, '0') || '-0000-4000-8000-' || lpad(to_hex(i), 12, '0')",
+            "CAST(hex AS UUID)",
+        ),
+        Raw::Sqlite(_) => (
+            "printf('%08x-0000-4000-8000-%012x', (i * 2654435761) & 4294967295, i)",
+            "unhex(hex, '-')",
+        ),
+    };
+    let repository = if spread { "(i % 1000)" } else { "0" };
+    let numbers = format!(
+        "WITH RECURSIVE numbers(i) AS (
+             SELECT CAST({from} AS BIGINT) UNION ALL SELECT i + 1 FROM numbers WHERE i < {to}),
+         n AS (SELECT i, {hex} AS hex, CAST({at_ms} AS BIGINT) AS t, 'octo/' || {repository} AS repository FROM numbers)"
+    );
+    for text in [
+        format!(
+            "{numbers} INSERT INTO blobs (id, kind, state, revision, size_bytes, verification, verify_lease_until_ms,
+                 created_at_ms, changed_at_ms, cleaned_at_ms, scrubbed_at_ms)
+             SELECT {id}, 'cache', 'sealed', 1, 1, 'none', 0, t, t, t, t FROM n"
+        ),
+        format!(
+            "{numbers} INSERT INTO cache_repositories (issuer, repository, size_bytes)
+             SELECT DISTINCT 'wharfinger', repository, 0 FROM n WHERE TRUE ON CONFLICT DO NOTHING"
+        ),
+        format!(
+            "{numbers} INSERT INTO cache_entries (repository_id, scope, version, key, state, blob_id, size_bytes,
+                 run_backend_id, job_backend_id, created_at_ms, finalized_at_ms, last_used_at_ms)
+             SELECT r.id, '{scope}', '1', 'key-' || i, 'finalized', {id}, 1, '1', 'build', t, t, t
+             FROM n JOIN cache_repositories r ON r.issuer = 'wharfinger' AND r.repository = n.repository"
+        ),
+    ] {
+        raw.execute(&text).await;
+    }
+    match raw {
+        Raw::Postgres(_) => raw.execute("VACUUM ANALYZE").await,
+        Raw::Sqlite(_) => raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").await,
+    }
+}
+
+/// The job that fills a container.
+fn filler() -> Principal {
+    let mut job = reader(15);
+    job.run.run_backend_id = "run-of-files".to_owned();
+    job
+}
+
+fn new_container<'a>(job: &'a Principal, name: &'a str) -> NewArtifact<'a> {
+    NewArtifact {
+        principal: job,
+        name,
+        version: 3,
+        mime_type: None,
+        created_at_ms: NOW,
+        expires_at_ms: NOW + 1_000,
+        max_per_job: Some(1_000),
+    }
+}
+
+/// Puts files `from..=to` of one chunk into a container.
+async fn fill_files(raw: &Raw, container: BlobId, from: i64, to: i64) {
+    let id = raw.literal(container.0.as_bytes());
+    let file = match raw {
+        Raw::Postgres(_) => "CAST(lpad(to_hex(i), 32, '0') AS UUID)",
+        Raw::Sqlite(_) => "unhex(printf('%032x', i))",
+    };
+    let tail = raw.literal(&[0; 8]);
+    let numbers =
+        format!("WITH RECURSIVE n(i) AS (SELECT CAST({from} AS BIGINT) UNION ALL SELECT i + 1 FROM n WHERE i < {to})");
+    for text in [
+        format!(
+            "{numbers} INSERT INTO files (id, container_id, path, uploader, encoding, length_bytes, total_bytes,
+                 received_bytes, chunk_count, revision, completed_at_ms)
+             SELECT {file}, {id}, 'file-' || i, '', 'identity', 1, 1, 1, 1, 0, {NOW} FROM n"
+        ),
+        format!(
+            "{numbers} INSERT INTO chunks (file_id, file_offset, block_id, crc32, tail, core_crc64)
+             SELECT {file}, 0, 'chunk-' || i, 0, {tail}, 0 FROM n"
+        ),
+        format!(
+            "{numbers} INSERT INTO blocks (blob_id, block_id, object_key, size_bytes, crc64)
+             SELECT {id}, 'chunk-' || i, '{}', 1, 0 FROM n",
+            key(300_000)
+        ),
+    ] {
+        raw.execute(&text).await;
+    }
+    match raw {
+        Raw::Postgres(_) => raw.execute("VACUUM ANALYZE").await,
+        Raw::Sqlite(_) => raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").await,
+    }
+}
+
+/// Counts all repositories' caches.
+const COUNT_CACHES: &str = "UPDATE cache_repositories SET size_bytes = (
+    SELECT CAST(coalesce(sum(e.size_bytes), 0) AS BIGINT) FROM cache_entries e WHERE e.repository_id = cache_repositories.id)";
 
 // Counting.
 
@@ -277,10 +381,115 @@ async fn costs(db: &Db, meter: &Meter, number: i64, long_blob: BlobId) -> BTreeM
     assert_eq!(cost!(content_blocks(long_blob, 999_999, 1_000_000)).len(), 1);
     let newest = db.newest_artifact(&job, "new", BEFORE).await.unwrap().unwrap();
     assert!(cost!(delete_artifact(&newest, BEFORE)));
+    // Files of a container that has many.
+    let job = filler();
+    let name = format!("files-{number}");
+    cost!(open_container(&new_container(&job, &name)));
+    let Created::Upload(id) = cost!(open_container(&new_container(&job, "files")) "open_container again") else {
+        panic!("it may be joined");
+    };
+    let container = cost!(container(&job, id, NOW)).unwrap().blob;
+    let sums = ChunkSums {
+        crc32: 0,
+        tail: Vec::new(),
+        core_crc64: 0,
+        header_bytes: None,
+    };
+    let block = Block {
+        object_key: ObjectKey::fresh(container),
+        object_offset: 0,
+        size_bytes: 1,
+        crc64: 0,
+    };
+    let new = NewChunk {
+        container,
+        path: &name,
+        job_backend_id: "build",
+        encoding: Encoding::Identity,
+        length_bytes: 1,
+        total_bytes: 1,
+        file_offset: 0,
+        block: Some(&block),
+        sums: &sums,
+        max_files: 1_000_000,
+        max_chunks: 1,
+        now_ms: NOW,
+    };
+    assert_eq!(cost!(stage_chunk(&new)), Staged::Done);
+    let newer = Block {
+        object_key: ObjectKey::fresh(container),
+        ..block
+    };
+    let again = NewChunk {
+        block: Some(&newer),
+        ..new
+    };
+    assert_eq!(
+        cost!(stage_chunk(&again) "stage_chunk of a file that is there"),
+        Staged::Done
+    );
+    assert!(cost!(file(container, &name)).is_some());
+    assert_eq!(cost!(chunks(container, &name, &name)).len(), 1);
+    assert_eq!(cost!(files(container, "file-15", 1)).len(), 1);
+    let publication = cost!(publication(&job, "files", NOW)).unwrap();
+    assert!(!cost!(is_outdated(&publication)));
+    let (zip, given_up) = (BlobId::fresh(), BlobId::fresh());
+    cost!(begin_zip(zip, NOW));
+    cost!(add_content(zip, &[(0, newer.clone())]));
+    assert!(cost!(publish(&publication, zip, 1, 1, NOW)));
+    db.pass_verification(zip, &Sha256([7; 32])).await.unwrap();
+    db.begin_zip(given_up, NOW).await.unwrap();
+    cost!(discard_zip(given_up, NOW));
+    // A cache.
+    let main = "refs/heads/main";
+    let new_key = format!("new-{number}");
+    let new = NewCacheEntry {
+        principal: &job_of_run,
+        scope: main,
+        key: &new_key,
+        version: "1",
+        now_ms: NOW,
+        dead_since_ms: BEFORE,
+    };
+    let Reserved::Upload(_, cached) = cost!(reserve_cache_entry(&new)) else {
+        panic!("it is new");
+    };
+    assert_eq!(
+        cost!(reserve_cache_entry(&new) "reserve_cache_entry again"),
+        Reserved::Exists
+    );
+    db.commit_whole(cached, None, None, NOW).await.unwrap();
+    let key = Reservation::Key {
+        key: &new_key,
+        version: "1",
+    };
+    let candidate = cost!(cache_candidate(&job_of_run, main, key)).unwrap();
+    assert!(cost!(cache_candidate(&job_of_run, main, Reservation::Id(candidate.id)) "cache_candidate by id").is_some());
+    assert!(cost!(finalize_cache_entry(&candidate, NOW)));
+    let wanted = |low: &'static str, high: &'static str| {
+        ["refs/heads/feature", main].map(|scope| WantedKeys { scope, low, high })
+    };
+    let run = &job_of_run.run;
+    let exact = wanted("key-1000000", "key-1000000");
+    let found = cost!(find_cache_entry(run, &exact, "1") "find_cache_entry");
+    assert_eq!(found.as_ref().map(|found| found.key.as_str()), Some("key-1000000"));
+    let by_prefix = wanted("key-100", "key-100\u{10ffff}");
+    assert!(cost!(find_cache_entry(run, &by_prefix, "1") "find_cache_entry by prefix").is_some());
+    assert!(cost!(find_cache_entry(run, &wanted("l", "l\u{10ffff}"), "1") "find_cache_entry of none").is_none());
+    cost!(touch_cache_entry(found.unwrap().id, NOW));
+    assert!(cost!(readable_blob(cached, NOW) "readable_blob of a cache").is_some());
+    assert!(cost!(dead_reservations(BEFORE, 500)).is_empty());
+    assert!(cost!(idle_cache_entries(BEFORE, 500)).is_empty());
+    assert!(cost!(large_caches(1_000_000_000, 500)).is_empty());
+    let largest = db.large_caches(0, 1).await.unwrap()[0];
+    let unused = cost!(least_used_cache_entries(largest, 1));
+    assert_eq!(cost!(evict_cache_entries(&unused, "evicted", NOW)), 1);
     // The cleaner, with one tombstone and garbage to take away.
     assert_eq!(cost!(expire_artifacts(NOW, 500)), 0);
     assert_eq!(cost!(abandon_uploads(BEFORE, NOW, 500)), 0);
     assert_eq!(cost!(blobs_to_sweep(BEFORE, 500)), []);
+    assert_eq!(cost!(containers_to_sweep(BEFORE, 500)), []);
+    cost!(mark_container_swept(container, NOW));
     assert_eq!(cost!(blobs_to_empty(NOW - 1, 500)), [uploaded]);
     let objects = cost!(objects_of(uploaded));
     assert!(!cost!(is_object_in_use(&objects[0])));
@@ -319,7 +528,17 @@ async fn nothing_costs_more_with_more_rows(url: String) {
     } else {
         // One connection, which the meter can ask; and nobody else who reads rows.
         let raw = Raw::Postgres(PgPoolOptions::new().max_connections(1).connect(&url).await.unwrap());
-        for table in ["artifacts", "blobs", "blocks", "garbage"] {
+        for table in [
+            "artifacts",
+            "blobs",
+            "blocks",
+            "cache_entries",
+            "cache_repositories",
+            "chunks",
+            "containers",
+            "files",
+            "garbage",
+        ] {
             raw.execute(&format!("ALTER TABLE {table} SET (autovacuum_enabled = false)"))
                 .await;
         }
@@ -351,6 +570,13 @@ async fn nothing_costs_more_with_more_rows(url: String) {
         fill(&raw, from, from + 99, at_ms, fate).await;
     }
     fill(&raw, 1, 2_000, NOW, Fate::Shown).await;
+    fill_caches(&raw, 1_000_000, 1_001_999, NOW, "refs/heads/main", true).await;
+    raw.execute(COUNT_CACHES).await;
+    let Created::Upload(files) = db.open_container(&new_container(&filler(), "files")).await.unwrap() else {
+        panic!("it is new");
+    };
+    let container = db.container(&filler(), files, NOW).await.unwrap().unwrap().blob;
+    fill_files(&raw, container, 1, 2_000).await;
     // The first time, statements are prepared.
     costs(&db, &meter, 1, long_blob).await;
     let mut few = costs(&db, &meter, 2, long_blob).await;
@@ -360,6 +586,10 @@ async fn nothing_costs_more_with_more_rows(url: String) {
     );
 
     fill(&raw, 2_001, 20_000, NOW, Fate::Shown).await;
+    fill_caches(&raw, 2_000_000, 2_005_000, NOW, "refs/heads/other", false).await;
+    fill_caches(&raw, 3_000_001, 3_000_999, NOW, "refs/heads/feature", true).await;
+    raw.execute(COUNT_CACHES).await;
+    fill_files(&raw, container, 2_001, 20_000).await;
     costs(&db, &meter, 3, long_blob).await;
     let many = costs(&db, &meter, 4, long_blob).await;
     assert_eq!(grown(&few, &many), [""; 0], "with more that is finalized: {few:?}");

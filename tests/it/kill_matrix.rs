@@ -34,6 +34,8 @@ enum Drive {
     Client(&'static str, &'static str),
     /// As above, with everything hashed in the background.
     Verified(&'static str, &'static str),
+    /// Requests that save a cache entry by one version of the protocol.
+    Cache(u8),
     /// A request to finalize with a hash that is not the content's, which no client sends.
     WrongHash,
     /// `wharfinger clean`, which is then the one to die. A server lives beside it.
@@ -45,6 +47,8 @@ enum Drive {
 const UPLOAD: Drive = Drive::Client("artifact-6.2.1", "small");
 const LARGE_UPLOAD: Drive = Drive::Client("artifact-6.2.1", "tar300");
 const DELETE: Drive = Drive::Client("artifact-6.2.1", "delete");
+/// A file of two chunks, which do not pack.
+const FILES: Drive = Drive::Client("artifact-1.1.3", "big");
 const SDK_BLOCKS: Drive = Drive::Client("storage-blob", "blocks");
 const SDK_PUT_BLOB: Drive = Drive::Client("storage-blob", "putblob");
 const VERIFIED: Drive = Drive::Verified("artifact-6.2.1", "small");
@@ -89,11 +93,26 @@ matrix! {
     finalize_before_hash: UPLOAD,
     finalize_before_commit: UPLOAD,
     finalize_after_commit: UPLOAD,
+    container_before_commit: FILES,
+    container_committed: FILES,
+    chunk_stored: FILES,
+    chunk_before_commit: FILES,
+    chunk_committed: FILES,
+    publish_zip_made: FILES,
+    publish_before_commit: FILES,
+    publish_after_commit: FILES,
     verify_claimed: VERIFIED,
     verify_before_pass: VERIFIED,
     verify_before_reject: Drive::WrongHash,
     delete_before_commit: DELETE,
     delete_tombstoned: DELETE,
+    cache_reserve_before_commit: Drive::Cache(2),
+    cache_reserved: Drive::Cache(2),
+    cache_chunks_listed: Drive::Cache(1),
+    cache_finalize_before_commit: Drive::Cache(2),
+    cache_finalized: Drive::Cache(1),
+    clean_evict_before_commit: Drive::Clean,
+    clean_evicted: Drive::Clean,
     clean_expired: Drive::Clean,
     clean_tombstoned: Drive::Clean,
     clean_garbage_deleted: Drive::Clean,
@@ -194,6 +213,24 @@ async fn dies_at(backend: Backend, point: &'static str, drive: Drive) {
             .await;
             second
         }
+        Drive::Cache(version) => {
+            server.kill();
+            let first = wharf.start(Some(point));
+            let content = noise(9, CACHED_BYTES);
+            let saving = tokio::spawn({
+                let (job, content) = (job.clone(), content.clone());
+                async move { save_cache(&job, version, "saved", &content).await }
+            });
+            wharf.bury(first, point).await;
+            let second = wharf.start(None);
+            if saving.await.unwrap() {
+                ledger.cached.insert("saved", self::content(&content));
+            } else {
+                // It was not told that it has the key, and nobody gets it before its time is up.
+                assert_eq!(point, "cache_reserved");
+            }
+            second
+        }
         Drive::Client(client, case) | Drive::Verified(client, case) => {
             if matches!(drive, Drive::Verified(..)) {
                 wharf.verify_in_background();
@@ -262,6 +299,8 @@ async fn finalize_wrongly(job: &RemoteJob) {
 struct Ledger {
     there: BTreeMap<i64, Content>,
     gone: BTreeSet<i64>,
+    /// Cache entries, by key.
+    cached: BTreeMap<&'static str, Content>,
 }
 
 /// Size and SHA-256.
@@ -317,7 +356,15 @@ impl Ledger {
         for id in &self.gone {
             assert!(!found.contains_key(id), "artifact {id} was deleted");
         }
-        found.values().map(|(size, _)| size).sum()
+        for (key, expected) in &self.cached {
+            let fields = json!({ "key": key, "version": "1" });
+            let (_, found) = insist(job, "GetCacheEntryDownloadURL", &fields).await;
+            let link = found["signed_download_url"].as_str().expect("it was acknowledged");
+            let bytes = job.http.get(link).send().await.unwrap().bytes().await.unwrap();
+            assert_eq!(&content(&bytes), expected, "{key}");
+        }
+        let sizes = found.values().chain(self.cached.values());
+        sizes.map(|(size, _)| size).sum()
     }
 }
 
@@ -337,7 +384,95 @@ async fn seed(job: &RemoteJob) -> Ledger {
     let link = job.create("given up").await;
     stage(job, &link, "AAAA", &noise(5, 1000)).await;
     stage(job, &link, "BBBB", &noise(6, 1000)).await;
+    // The first has to make room for others.
+    for (version, key, size) in [(2, "too large", 5_000), (1, "kept", 1_000)] {
+        let bytes = noise(size, usize::try_from(size).unwrap());
+        assert!(save_cache(job, version, key, &bytes).await);
+        if key == "kept" {
+            ledger.cached.insert(key, content(&bytes));
+        }
+    }
+    let given_up = json!({ "key": "given up", "version": "1" });
+    let (_, reserved) = insist(job, "CreateCacheEntry", &given_up).await;
+    stage(
+        job,
+        reserved["signed_upload_url"].as_str().unwrap(),
+        "AAAA",
+        &noise(7, 1000),
+    )
+    .await;
     ledger
+}
+
+/// What a cache entry of a drive has, of the [`CACHE_BYTES`] that a cleaning leaves of all.
+const CACHED_BYTES: usize = 2_000;
+const CACHE_BYTES: u64 = 4_000;
+
+/// Saves a cache entry by a version of the protocol, asking again as long as nobody answers. `false` if the key is taken.
+async fn save_cache(job: &RemoteJob, version: u8, key: &str, bytes: &[u8]) -> bool {
+    let key_and_version = json!({ "key": key, "version": "1" });
+    if version == 1 {
+        let caches = "/_apis/artifactcache/caches";
+        let body = key_and_version.to_string().into_bytes();
+        let (_, reserved) = persist(job, reqwest::Method::POST, caches, None, &body).await;
+        let Some(id) = reserved["cacheId"].as_i64() else {
+            return false;
+        };
+        let path = format!("{caches}/{id}");
+        let half = bytes.len() / 2;
+        for (start, part) in [(half, &bytes[half..]), (0, &bytes[..half])] {
+            let range = format!("bytes {start}-{}/*", start + part.len() - 1);
+            let (status, reply) = persist(job, reqwest::Method::PATCH, &path, Some(&range), part).await;
+            assert_eq!(status, 204, "{reply}");
+        }
+        let size = json!({ "size": bytes.len() }).to_string().into_bytes();
+        let (status, reply) = persist(job, reqwest::Method::POST, &path, None, &size).await;
+        assert_eq!(status, 204, "{reply}");
+    } else {
+        let (_, reserved) = insist(job, "CreateCacheEntry", &key_and_version).await;
+        let Some(link) = reserved["signed_upload_url"].as_str() else {
+            return false;
+        };
+        assert_eq!(job.put(link, bytes.len(), bytes.to_vec()).await.unwrap(), 201);
+        let mut fields = key_and_version;
+        fields["size_bytes"] = json!(bytes.len().to_string());
+        let (status, reply) = insist(job, "FinalizeCacheEntryUpload", &fields).await;
+        assert_eq!(status, 200, "{reply}");
+    }
+    true
+}
+
+/// Calls a method of the CacheService until it is answered.
+async fn insist(job: &RemoteJob, method: &str, fields: &Value) -> (u16, Value) {
+    let path = format!("/twirp/github.actions.results.api.v1.CacheService/{method}");
+    persist(job, reqwest::Method::POST, &path, None, fields.to_string().as_bytes()).await
+}
+
+/// Sends a request until it is answered.
+async fn persist(
+    job: &RemoteJob,
+    method: reqwest::Method,
+    path: &str,
+    content_range: Option<&str>,
+    body: &[u8],
+) -> (u16, Value) {
+    loop {
+        let mut request = job
+            .http
+            .request(method.clone(), format!("{}{path}", job.url))
+            .bearer_auth(&job.token)
+            .header("content-type", "application/json")
+            .body(body.to_vec());
+        if let Some(range) = content_range {
+            request = request.header("content-range", range);
+        }
+        let reply = request.send().await.unwrap();
+        let status = reply.status().as_u16();
+        if status != 503 {
+            let body = reply.bytes().await.unwrap();
+            return (status, serde_json::from_slice(&body).unwrap_or_default());
+        }
+    }
 }
 
 /// Uploads blocks in the order opposite to the list's, the first of them twice. Returns the id.
@@ -565,9 +700,11 @@ impl Wharf {
             ("WHARFINGER_CLEANER__LEASE", "1s"),
             ("WHARFINGER_UPLOADS__LINK_TTL", "1ms"),
             ("WHARFINGER_UPLOADS__ABANDONED_AFTER", "1ms"),
+            ("WHARFINGER_CACHE__RESERVATION_TTL", "1ms"),
         ] {
             environment.set(name, value);
         }
+        environment.set("WHARFINGER_CACHE__MAX_BYTES_PER_REPOSITORY", CACHE_BYTES);
         environment
     }
 
@@ -590,6 +727,7 @@ impl Wharf {
             [
                 "expired_artifacts",
                 "abandoned_uploads",
+                "evicted_cache_entries",
                 "deleted_objects",
                 "dropped_blobs",
             ]

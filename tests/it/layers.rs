@@ -54,8 +54,9 @@ const MAY_NAME: [(&str, &[&str]); 14] = [
 const BELOW_THE_MIDDLE: [&str; 5] = ["model", "error", "clock", "duration", "failpoint"];
 
 /// Crates that only one floor may know.
-const SECRETS: [(&str, &[&str]); 5] = [
+const SECRETS: [(&str, &[&str]); 6] = [
     ("axum", &["api"]),
+    ("prost", &["api"]),
     ("hyper", &["api"]),
     ("hyper_util", &["api"]),
     ("sqlx", &["db"]),

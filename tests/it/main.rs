@@ -3,8 +3,10 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
 mod artifacts_api;
+mod artifacts_v3;
 mod bad_inputs;
 mod bounds;
+mod cache_api;
 mod cli;
 mod clients;
 mod common;
@@ -12,6 +14,8 @@ mod crash;
 mod db_contract;
 mod faults;
 mod fsck;
+mod ghac;
+mod go_cache;
 mod growth;
 #[cfg(feature = "failpoints")]
 mod kill_matrix;

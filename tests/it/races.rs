@@ -20,7 +20,7 @@ use wharfinger::clock::Clock;
 use wharfinger::config::Config;
 use wharfinger::db::{Db, ListEntry, ListSource, WritableBlob};
 use wharfinger::error::{Error, Result};
-use wharfinger::model::{ArtifactId, BlobId, Principal, RunKey, Sha256};
+use wharfinger::model::{ArtifactId, BlobId, BlobKind, Principal, RunKey, Sha256};
 use wharfinger::service::Services;
 use wharfinger::service::artifacts::Request;
 use wharfinger::service::cleaner::Report;
@@ -514,7 +514,8 @@ mod long {
                 let mut open = Vec::new();
                 for link in links {
                     let blob = link.unwrap();
-                    if a.services.db.writable_blob(blob).await.unwrap() == Some(WritableBlob::Open) {
+                    if a.services.db.writable_blob(blob).await.unwrap() == Some(WritableBlob::Open(BlobKind::Artifact))
+                    {
                         open.push(blob);
                     }
                 }

@@ -552,3 +552,47 @@ fn permissions_are_bits() {
     });
     assert_eq!(bits(gitea), [(false, false), (true, false), (true, true), (true, true)]);
 }
+
+#[test]
+fn events_of_outsiders_write_no_branch() {
+    let scopes = [
+        "refs/heads/main",
+        "",
+        "refs/pull/7/merge",
+        "refs/tags/v1",
+        "refs/heads/gh-readonly-queue/main/pr-7",
+    ];
+    let ac = json!(scopes.map(|scope| json!({ "Scope": scope, "Permission": 3 }))).to_string();
+    let writable = |papers: &Papers, event: Value| -> Vec<String> {
+        let caller = accepted(papers, json!({ "ac": ac, "event_name": event }));
+        assert!(caller.cache_scopes.iter().all(|scope| scope.read));
+        let scopes = caller.cache_scopes.into_iter();
+        scopes.filter(|scope| scope.write).map(|scope| scope.scope).collect()
+    };
+    for event in [
+        json!("push"),
+        json!("schedule"),
+        json!("workflow_dispatch"),
+        Value::Null,
+    ] {
+        assert_eq!(writable(&papers(), event), scopes);
+    }
+    for event in [
+        "pull_request",
+        "pull_request_target",
+        "issue_comment",
+        "workflow_run",
+        "",
+        "Push",
+    ] {
+        assert_eq!(writable(&papers(), json!(event)), ["refs/pull/7/merge"], "{event}");
+    }
+    assert_eq!(writable(&papers(), json!("release")), ["refs/tags/v1"]);
+    assert_eq!(
+        writable(&papers(), json!("merge_group")),
+        ["refs/heads/gh-readonly-queue/main/pr-7"]
+    );
+    let trusting = papers().untrusted_events_readonly(false);
+    assert_eq!(writable(&trusting, json!("issue_comment")), scopes);
+    refused_claims(&papers(), json!({ "event_name": 1 }), "event_name");
+}

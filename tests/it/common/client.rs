@@ -1,4 +1,4 @@
-//! The real clients: `tests/e2e/client.mjs` in a Node process of its own, and what it says of each case.
+//! The real clients: `tests/e2e/client.mjs` or `cache.mjs` in a Node process of its own, and what it says of each case.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -40,7 +40,7 @@ pub struct Runner {
     pub variables: Vec<(&'static str, String)>,
 }
 
-/// Runs cases (`small,tree`, or `all`) of one client (`artifact-6.2.1`) and waits for the end of all.
+/// Runs cases (`small,tree`, or `all`) of one client (`artifact-6.2.1`, `cache-6.3.0-v2`) and waits for the end of all.
 /// The client's own log is shown only when a case fails.
 ///
 /// # Panics
@@ -49,12 +49,23 @@ pub fn run_client(runner: &Runner, client: &str, cases: &str) -> Vec<Outcome> {
     let directory = tempfile::tempdir().unwrap();
     // A file takes any amount of log without anybody reading along.
     let log = directory.path().join("stderr.log");
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/client.mjs");
+    let script = if client.starts_with("cache-") {
+        "tests/e2e/cache.mjs"
+    } else if client.starts_with("artifact-1.") {
+        "tests/e2e/files.mjs"
+    } else {
+        "tests/e2e/client.mjs"
+    };
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
     let output = Command::new(node())
         .arg(script)
         .args([client, cases])
         .env("ACTIONS_RESULTS_URL", format!("{}/", runner.url))
+        .env("ACTIONS_CACHE_URL", format!("{}/", runner.url))
+        .env("ACTIONS_RUNTIME_URL", format!("{}/", runner.url))
         .env("ACTIONS_RUNTIME_TOKEN", &runner.token)
+        // Every runner's job is of this run.
+        .env("GITHUB_RUN_ID", "1")
         .env("GITHUB_SERVER_URL", "https://github.com")
         .env("GITHUB_WORKSPACE", directory.path())
         .env("RUNNER_TEMP", directory.path())

@@ -155,13 +155,18 @@ impl TestServer {
 
     /// A good token for job `job` of run `run` of a repository, good for 6 h.
     pub fn token(&self, repository: &str, run: &str, job: &str) -> String {
+        self.token_of_ref(repository, run, job, "refs/heads/main")
+    }
+
+    /// As [`TestServer::token`], for a run that builds another ref than the default branch's.
+    pub fn token_of_ref(&self, repository: &str, run: &str, job: &str, git_ref: &str) -> String {
         let request = MintRequest {
             repository: repository.to_owned(),
             repository_id: None,
             run_id: run.to_owned(),
             job_id: job.to_owned(),
             attempt: 1,
-            git_ref: "refs/heads/main".to_owned(),
+            git_ref: git_ref.to_owned(),
             default_ref: "refs/heads/main".to_owned(),
             ttl: Duration::from_secs(6 * 3600),
         };

@@ -189,6 +189,11 @@ impl Process {
 
     /// A token as `wharfinger token mint` makes it.
     pub fn token(&self, repository: &str, run: &str, job: &str) -> String {
+        self.token_of_ref(repository, run, job, "refs/heads/main")
+    }
+
+    /// As [`Process::token`], for a run that builds another ref than the default branch's.
+    pub fn token_of_ref(&self, repository: &str, run: &str, job: &str, git_ref: &str) -> String {
         let arguments = [
             "token",
             "mint",
@@ -198,6 +203,8 @@ impl Process {
             run,
             "--job-id",
             job,
+            "--ref",
+            git_ref,
         ];
         self.environment.output(&arguments).trim().to_owned()
     }
