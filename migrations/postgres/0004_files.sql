@@ -58,3 +58,7 @@ CREATE INDEX artifacts_by_container ON artifacts (container_id) WHERE container_
 DROP INDEX blobs_unfinished;
 CREATE INDEX blobs_unfinished ON blobs (created_at_ms)
     WHERE state = 'staging' OR (state = 'committed' AND kind <> 'container');
+
+-- Published containers whose leftovers were not swept since: their chunks go on coming.
+CREATE INDEX blobs_unswept_containers ON blobs (changed_at_ms)
+    WHERE kind = 'container' AND state = 'committed' AND cleaned_at_ms IS NULL;

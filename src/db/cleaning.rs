@@ -110,6 +110,32 @@ impl Db {
         .await
     }
 
+    /// Containers published at or before `published_before_ms` whose prefix was not searched for leftovers since.
+    pub async fn containers_to_sweep(&self, published_before_ms: i64, limit: i64) -> Result<Vec<BlobId>> {
+        self.blob_ids(
+            "SELECT id FROM blobs
+             WHERE kind = 'container' AND state = 'committed' AND cleaned_at_ms IS NULL AND changed_at_ms <= $1
+             ORDER BY changed_at_ms LIMIT $2",
+            published_before_ms,
+            limit,
+        )
+        .await
+    }
+
+    /// Notes that a container was swept.
+    pub async fn mark_container_swept(&self, blob: BlobId, now_ms: i64) -> Result<()> {
+        on!(self, staging, |conn| {
+            sqlx::query(
+                "UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND kind = 'container' AND state = 'committed'",
+            )
+            .bind(blob.0)
+            .bind(now_ms)
+            .execute(conn)
+            .await?;
+        });
+        Ok(())
+    }
+
     async fn blob_ids(&self, query: &'static str, before_ms: i64, limit: i64) -> Result<Vec<BlobId>> {
         let ids: Vec<Uuid> = on!(self, readers, |conn| sqlx::query_scalar(query)
             .bind(before_ms)

@@ -47,7 +47,6 @@ pub struct Container {
     pub blob: BlobId,
     /// What its chunks add up to.
     pub stored_bytes: u64,
-    pub created_at_ms: i64,
     /// The artifact's bytes turned out missing or changed.
     pub lost: bool,
 }
@@ -216,7 +215,6 @@ struct ContainerRow {
     run_attempt: i32,
     container_id: Uuid,
     size_bytes: i64,
-    created_at_ms: i64,
     state: String,
 }
 
@@ -255,8 +253,11 @@ const DISCARD_OBJECTS: &str = "INSERT INTO garbage (object_key, blob_id, created
     WHERE c.file_id = $1
         AND NOT EXISTS (SELECT 1 FROM blocks o WHERE o.object_key = b.object_key AND o.blob_id <> b.blob_id)
     ON CONFLICT (object_key) DO NOTHING";
-const FORGET_BLOCKS: &str = "DELETE FROM blocks WHERE blob_id = $2 AND start_offset IS NULL
-    AND block_id IN (SELECT block_id FROM chunks WHERE file_id = $1)";
+/// And they are forgotten; found by their objects, because SQLite would look at all blocks of the container.
+const FORGET_BLOCKS: &str = "DELETE FROM blocks WHERE start_offset IS NULL AND object_key IN (
+    SELECT b.object_key
+    FROM chunks c JOIN blocks b ON b.blob_id = $2 AND b.block_id = c.block_id AND b.start_offset IS NULL
+    WHERE c.file_id = $1)";
 
 /// The chunks of files, without an end to the condition.
 const CHUNKS: &str = "SELECT c.file_id, c.file_offset, c.crc32, c.tail, c.core_crc64,
@@ -396,7 +397,7 @@ impl Db {
         let run = &principal.run;
         let row: Option<ContainerRow> = on!(self, readers, |conn| {
             sqlx::query_as(
-                "SELECT a.id, a.name, a.run_attempt, a.container_id, b.size_bytes, a.created_at_ms, a.state
+                "SELECT a.id, a.name, a.run_attempt, a.container_id, b.size_bytes, a.state
                  FROM artifacts a JOIN blobs b ON b.id = a.container_id
                  WHERE a.id = $1 AND a.issuer = $2 AND a.repository = $3 AND a.run_backend_id = $4
                      AND a.run_attempt <= $5 AND a.expires_at_ms > $6",
@@ -417,7 +418,6 @@ impl Db {
                 run_attempt: row.run_attempt,
                 blob: BlobId(row.container_id),
                 stored_bytes: unsigned(row.size_bytes)?,
-                created_at_ms: row.created_at_ms,
                 lost: row.state == "lost",
             })
         })
@@ -799,12 +799,15 @@ impl Db {
             .execute(&mut *tx)
             .await?
             .rows_affected();
-            let kept =
-                sqlx::query("UPDATE blobs SET state = 'committed' WHERE id = $1 AND state IN ('staging', 'committed')")
-                    .bind(publication.container.0)
-                    .execute(&mut *tx)
-                    .await?
-                    .rows_affected();
+            let kept = sqlx::query(
+                "UPDATE blobs SET state = 'committed', changed_at_ms = $2, cleaned_at_ms = NULL
+                 WHERE id = $1 AND state IN ('staging', 'committed')",
+            )
+            .bind(publication.container.0)
+            .bind(now_ms)
+            .execute(&mut *tx)
+            .await?
+            .rows_affected();
             let current = sqlx::query(
                 "UPDATE containers SET published_revision = $3, published_bytes = $4
                  WHERE blob_id = $1 AND replaced_count = $2",

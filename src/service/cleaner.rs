@@ -288,7 +288,7 @@ impl Pass<'_> {
             let dead_since_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let blobs = parts.db.blobs_to_drop(dead_since_ms, self.batch()).await?;
             for &blob in &blobs {
-                self.report.deleted_objects += self.delete_leftovers(blob, &HashSet::new()).await?;
+                self.report.deleted_objects += self.delete_leftovers(blob, &HashSet::new(), i64::MAX).await?;
                 parts.store.remove_prefix(blob).await?;
                 failpoint::reach("clean_before_drop");
                 parts.db.drop_blob(blob).await?;
@@ -309,7 +309,7 @@ impl Pass<'_> {
             let blobs = parts.db.blobs_to_sweep(sealed_before_ms, self.batch()).await?;
             for &blob in &blobs {
                 let named = parts.db.objects_of(blob).await?.into_iter().collect();
-                self.report.deleted_objects += self.delete_leftovers(blob, &named).await?;
+                self.report.deleted_objects += self.delete_leftovers(blob, &named, i64::MAX).await?;
                 failpoint::reach("clean_before_swept");
                 parts.db.mark_swept(blob, now_ms).await?;
             }
@@ -317,13 +317,29 @@ impl Pass<'_> {
                 break;
             }
         }
+        while let Some(now_ms) = self.hold().await? {
+            let settled_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
+            let containers = parts.db.containers_to_sweep(settled_ms, self.batch()).await?;
+            for &blob in &containers {
+                let named = parts.db.objects_of(blob).await?.into_iter().collect();
+                // Chunks may still be coming: what is younger than any request may be named yet.
+                self.report.deleted_objects += self.delete_leftovers(blob, &named, settled_ms).await?;
+                parts.db.mark_container_swept(blob, now_ms).await?;
+            }
+            if containers.is_empty() {
+                break;
+            }
+        }
         Ok(())
     }
 
-    /// Returns how many there were.
-    async fn delete_leftovers(&self, blob: BlobId, named: &HashSet<ObjectKey>) -> Result<u64> {
+    /// Deletes the objects below a blob's prefix that are not named and were made at or before `until_ms`. Returns how
+    /// many there were.
+    async fn delete_leftovers(&self, blob: BlobId, named: &HashSet<ObjectKey>, until_ms: i64) -> Result<u64> {
         let objects = self.services.store.list(blob).await?.into_iter();
-        let leftovers = objects.map(|object| object.key).filter(|key| !named.contains(key));
+        let leftovers = objects
+            .filter(|object| object.modified_ms <= until_ms && !named.contains(&object.key))
+            .map(|object| object.key);
         self.services.delete_unused(leftovers.collect()).await
     }
 

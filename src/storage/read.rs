@@ -3,6 +3,7 @@
 //! `service/` asks [`window`] which pieces of which blocks a reader wants, [`BlockReader`] sends them.
 //! Never ends cleanly when the store comes short: the last item is then an error.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -16,6 +17,10 @@ use futures_util::{Stream, StreamExt};
 use super::{BlockStore, damage};
 use crate::error::{Error, Result};
 use crate::model::Block;
+
+/// How many small pieces are fetched ahead from a bucket, and how many bytes they may have together.
+const MAX_AHEAD: usize = 16;
+const AHEAD_BYTES: u64 = 256 * 1024;
 
 /// Bytes `from..to` of a block, counted from the block's own start. Never empty when [`window`] made it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,7 +77,7 @@ pub struct BlockReader(BoxStream<'static, Result<Bytes>>);
 impl BlockReader {
     pub(super) async fn open(store: BlockStore, pieces: Vec<Piece>) -> Result<Self> {
         let reading = Reading {
-            ahead: None,
+            ahead: VecDeque::new(),
             pieces: pieces.into_iter(),
             store,
         };
@@ -96,7 +101,7 @@ impl Stream for BlockReader {
 struct Reading {
     /// Being fetched already: all the while from a bucket, which takes long to answer; from a disk, which reads one
     /// chunk ahead anyway, only behind the last chunk of the current piece.
-    ahead: Option<Source>,
+    ahead: VecDeque<Source>,
     pieces: vec::IntoIter<Piece>,
     store: BlockStore,
 }
@@ -112,6 +117,20 @@ impl Reading {
             piece,
         })
     }
+
+    /// Keeps the next piece ahead, and those behind it as long as all of them are small: a bucket takes as long to
+    /// answer for a few bytes as for many.
+    fn fetch_ahead(&mut self) {
+        while let Some(next) = self.pieces.as_slice().first() {
+            let bytes: u64 = self.ahead.iter().map(|source| source.left).sum();
+            let small = self.ahead.len() < MAX_AHEAD && bytes + next.to.saturating_sub(next.from) <= AHEAD_BYTES;
+            if !self.ahead.is_empty() && !small {
+                break;
+            }
+            let next = self.fetch_next();
+            self.ahead.extend(next);
+        }
+    }
 }
 
 type Step = (Bytes, (Option<Source>, Reading));
@@ -119,19 +138,20 @@ type Step = (Bytes, (Option<Source>, Reading));
 async fn next(mut current: Option<Source>, mut reading: Reading) -> Result<Option<Step>> {
     loop {
         let Some(source) = &mut current else {
-            current = reading.ahead.take().or_else(|| reading.fetch_next());
+            current = reading.ahead.pop_front().or_else(|| reading.fetch_next());
             if current.is_none() {
                 return Ok(None);
             }
             if matches!(reading.store, BlockStore::Object(_)) {
-                reading.ahead = reading.fetch_next();
+                reading.fetch_ahead();
             }
             continue;
         };
         match source.next().await? {
             Some(chunk) => {
-                if source.left == 0 && reading.ahead.is_none() {
-                    reading.ahead = reading.fetch_next();
+                if source.left == 0 && reading.ahead.is_empty() {
+                    let next = reading.fetch_next();
+                    reading.ahead.extend(next);
                 }
                 return Ok(Some((chunk, (current, reading))));
             }

@@ -225,6 +225,18 @@ async fn objects(server: &TestServer) -> BTreeSet<ObjectKey> {
     objects.into_iter().map(|object| object.key).collect()
 }
 
+/// The digest of the run's only artifact, as soon as it is there.
+async fn digest_of(job: &Job<'_>) -> String {
+    for _ in 0..2000 {
+        let (_, reply) = job.call("ListArtifacts", json!({})).await;
+        if let Some(digest) = reply["artifacts"][0]["digest"].as_str() {
+            return digest.to_owned();
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("it is not verified");
+}
+
 /// Cleans until there is nothing left that is due now.
 async fn clean(server: &TestServer) {
     for _ in 0..3 {
@@ -309,7 +321,8 @@ async fn files_come_back_one_by_one_and_as_a_zip() {
         // To clients of version 4 it is an artifact like any other.
         let (_, reply) = job.0.call("ListArtifacts", json!({})).await;
         let listed = &reply["artifacts"][0];
-        assert_eq!(listed["digest"], Value::Null, "not known yet");
+        // The verifier may not have come to it yet.
+        assert!(listed["digest"].is_null() || listed["digest"].is_string());
         let zip = job.0.download("small art").await;
         assert_eq!(listed["size"], json!(zip.len().to_string()));
         let members = unzip(&zip);
@@ -338,13 +351,11 @@ async fn files_come_back_one_by_one_and_as_a_zip() {
             )
         );
         assert!(reply.bytes().await.unwrap() == zip[20..=5000]);
-        while server.app.services.verify_next().await.unwrap() {}
-        let (_, reply) = job.0.call("ListArtifacts", json!({})).await;
         let digest: String = sha2::Sha256::digest(&zip)
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
-        assert_eq!(reply["artifacts"][0]["digest"], json!(format!("sha256:{digest}")));
+        assert_eq!(digest_of(&job.0).await, format!("sha256:{digest}"));
 
         // The same files give the same zip, in whatever order and pieces they came.
         let again = job.open("again").await;
@@ -487,6 +498,7 @@ async fn several_jobs_fill_one_artifact() {
         assert_eq!(objects(&server).await.len(), 3 + 1 + 1);
         server.advance(30 * HOUR);
         clean(&server).await;
+        let (one, two) = (V3::of(&server, "one"), V3::of(&server, "two"));
         assert_eq!(unzip(&one.0.download("shared").await), members);
         assert_eq!(one.items(&container, "shared").await.len(), 3);
         healthy(&server).await;
@@ -547,6 +559,7 @@ async fn jobs_that_finalize_at_once_all_get_their_files_in() {
         assert!(members.last().unwrap().2.starts_with(b"from "));
         server.advance(40 * HOUR);
         clean(&server).await;
+        let job = V3::of(&server, "reader");
         assert_eq!(unzip(&job.0.download("matrix").await), members);
         healthy(&server).await;
         assert_eq!(objects(&server).await.len(), 5 * JOBS * 2 + 2, "{backend:?}");
@@ -594,7 +607,6 @@ async fn chunks_come_in_order_and_may_be_repeated() {
         assert_eq!(part("README", b"1", 0, 1).await, 201);
         assert_eq!(part("readme", b"2", 0, 1).await, 201);
         assert_eq!(job.items(&container, "order").await.len(), 4);
-        server.advance(40 * HOUR);
         assert_eq!(job.finalize("order", 0).await.0, 200);
         server.advance(40 * HOUR);
         clean(&server).await;
@@ -699,13 +711,10 @@ async fn only_the_run_itself_sees_its_containers() {
             assert_eq!(words, answer(other.request(reqwest::Method::GET, &missing)).await);
         }
         // The run of the path is the token's, by its number.
-        for run in ["2", "01x", "", "1/../1", "9223372036854775808"] {
+        for run in ["2", "01x", "", "-1", "9223372036854775808"] {
             let url = job.artifacts().replace("workflows/1/", &format!("workflows/{run}/"));
             let (status, ..) = job.get(&url).await;
-            assert!(
-                status == 403 || status == 404 && (run.is_empty() || run.contains('/')),
-                "{run} {status}"
-            );
+            assert_eq!(status, if run.is_empty() { 404 } else { 403 }, "{run}");
         }
         let unnumbered = V3(server.job_of("octo/demo", "0ce7-aa", "build"));
         assert_eq!(unnumbered.get(&unnumbered.artifacts()).await.0, 403);
@@ -774,7 +783,10 @@ async fn how_long_files_stay() {
                 .await;
             assert_eq!(status, 201);
         }
-        job.upload("kept", &[("f", b"bytes")]).await;
+        let (_, reply) = job.create(json!({ "Name": "kept", "RetentionDays": 1 })).await;
+        let kept = reply["fileContainerResourceUrl"].as_str().unwrap();
+        job.put(kept, "kept/f", b"bytes", None).await;
+        assert_eq!(job.finalize("kept", 5).await.0, 200);
         let (_, reply) = job.create(json!({ "Name": "short", "RetentionDays": 1 })).await;
         let short = reply["fileContainerResourceUrl"].as_str().unwrap();
         job.put(short, "short/f", b"bytes", None).await;

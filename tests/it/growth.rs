@@ -416,11 +416,12 @@ async fn costs(db: &Db, meter: &Meter, number: i64, long_blob: BlobId) -> BTreeM
         now_ms: NOW,
     };
     assert_eq!(cost!(stage_chunk(&new)), Staged::Done);
+    let newer = Block {
+        object_key: ObjectKey::fresh(container),
+        ..block
+    };
     let again = NewChunk {
-        block: Some(&Block {
-            object_key: ObjectKey::fresh(container),
-            ..block
-        }),
+        block: Some(&newer),
         ..new
     };
     assert_eq!(
@@ -434,7 +435,7 @@ async fn costs(db: &Db, meter: &Meter, number: i64, long_blob: BlobId) -> BTreeM
     assert!(!cost!(is_outdated(&publication)));
     let (zip, given_up) = (BlobId::fresh(), BlobId::fresh());
     cost!(begin_zip(zip, NOW));
-    cost!(add_content(zip, &[(0, again.block.unwrap().clone())]));
+    cost!(add_content(zip, &[(0, newer.clone())]));
     assert!(cost!(publish(&publication, zip, 1, 1, NOW)));
     db.pass_verification(zip, &Sha256([7; 32])).await.unwrap();
     db.begin_zip(given_up, NOW).await.unwrap();
@@ -488,6 +489,8 @@ async fn costs(db: &Db, meter: &Meter, number: i64, long_blob: BlobId) -> BTreeM
     assert_eq!(cost!(expire_artifacts(NOW, 500)), 0);
     assert_eq!(cost!(abandon_uploads(BEFORE, NOW, 500)), 0);
     assert_eq!(cost!(blobs_to_sweep(BEFORE, 500)), []);
+    assert_eq!(cost!(containers_to_sweep(BEFORE, 500)), []);
+    cost!(mark_container_swept(container, NOW));
     assert_eq!(cost!(blobs_to_empty(NOW - 1, 500)), [uploaded]);
     let objects = cost!(objects_of(uploaded));
     assert!(!cost!(is_object_in_use(&objects[0])));
