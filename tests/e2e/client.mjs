@@ -13,7 +13,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import {
-  MiB, assertSameFiles, hashFile, makeFiles, noiseBuffer, notApplicable, runCases, sha256, temporaryDirectory
+  MiB, assertSameFiles, hashFile, makeFiles, manyFiles, noiseBuffer, notApplicable, runCases, sha256, temporaryDirectory
 } from './common.mjs'
 
 const BIG_BYTES = Number(process.env.WHARFINGER_TEST_BIG_BYTES || 300 * MiB)
