@@ -17,9 +17,15 @@ fuzz_target!(|query: &str| {
     assert!(whole.len() <= 2048);
     for part in whole.split('/') {
         assert!(!matches!(part, "" | "." | ".."), "{whole:?} leads elsewhere");
-        assert!(!part.contains(|c: char| c == '\\' || c == ':' || c.is_control()), "{whole:?}");
+        assert!(
+            !part.contains(|c: char| c == '\\' || c == ':' || c.is_control()),
+            "{whole:?}"
+        );
     }
     // Written in its one canonical way, it says the same.
     let written: String = whole.bytes().map(|byte| format!("%{byte:02X}")).collect();
-    assert_eq!(fuzzing::item_path(&format!("itemPath={written}")), Some((artifact, below)));
+    assert_eq!(
+        fuzzing::item_path(&format!("itemPath={written}")),
+        Some((artifact, below))
+    );
 });
