@@ -24,8 +24,8 @@ seed() {
     {
         [ $# = 0 ] || grep -ohP '"\K(?:[^"\\]|\\.)+(?=")' "$@" || true
         cat "seeds/$target" 2>/dev/null || true
-    } | sort -u | while IFS= read -r line; do
-        printf '%b' "$line" >"corpus/$target/seed-$(printf %s "$line" | sha1sum | cut -c-12)"
+    } | sed 's/\\u{\([0-9a-f]*\)}/\\U\1/g' | sort -u | while IFS= read -r line; do
+        printf '%b' "$line" 2>/dev/null >"corpus/$target/seed-$(printf %s "$line" | sha1sum | cut -c-12)"
     done
 }
 seed block_list ../src/api/block_list.rs
