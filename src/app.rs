@@ -2,6 +2,7 @@
 //!
 //! Called by `cli/` and by tests. The only place besides `main` and `cli` that sees `Config`; holds no rule of its own.
 
+mod allocator;
 mod identity;
 mod local;
 mod telemetry;
@@ -147,6 +148,8 @@ impl App {
                 .spawn(async move { api::serve::serve(listener, router, &settings, stop).await });
         }
         let (verifier, scrubber) = (services.clone(), services.clone());
+        app.background
+            .spawn(allocator::give_back_in_background(services.clone()));
         app.background
             .spawn(async move { verifier.verify_in_background().await });
         app.background

@@ -34,5 +34,7 @@ CREATE TABLE cache_entries (
 ) STRICT;
 CREATE INDEX cache_entries_by_blob ON cache_entries (blob_id);
 CREATE INDEX cache_entries_reserved ON cache_entries (created_at_ms) WHERE state = 'reserved';
-CREATE INDEX cache_entries_by_use ON cache_entries (last_used_at_ms) WHERE state <> 'reserved';
+-- The condition on time always holds. Who asks for one repository's entries leaves it out, so that they are not looked
+-- for in this index, among everybody's.
+CREATE INDEX cache_entries_by_use ON cache_entries (last_used_at_ms) WHERE state <> 'reserved' AND last_used_at_ms >= 0;
 CREATE INDEX cache_entries_by_repository_and_use ON cache_entries (repository_id, last_used_at_ms) WHERE state <> 'reserved';

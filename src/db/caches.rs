@@ -486,7 +486,8 @@ impl Db {
     pub async fn idle_cache_entries(&self, idle_since_ms: i64, limit: i64) -> Result<Vec<Evictable>> {
         self.evictables(
             "SELECT id, state, blob_id, size_bytes, last_used_at_ms FROM cache_entries
-             WHERE state <> 'reserved' AND last_used_at_ms <= $1 ORDER BY last_used_at_ms LIMIT $2",
+             WHERE state <> 'reserved' AND last_used_at_ms >= 0 AND last_used_at_ms <= $1
+             ORDER BY last_used_at_ms LIMIT $2",
             idle_since_ms,
             limit,
         )

@@ -45,13 +45,13 @@ impl Summing {
         head.extend_from_slice(bytes);
         match header_length(head) {
             Header::Incomplete if head.len() < MAX_HEADER_BYTES => {}
-            Header::Complete(length) => {
+            Header::Complete(length) if length <= MAX_HEADER_BYTES => {
                 self.header_bytes = Some(length as u64);
                 let content = head.split_off(length);
                 self.head = None;
                 self.hold_back(&content);
             }
-            Header::Incomplete | Header::None => {
+            Header::Complete(_) | Header::Incomplete | Header::None => {
                 let content = self.head.take().unwrap_or_default();
                 self.hold_back(&content);
             }

@@ -64,6 +64,11 @@ impl Memory {
         self.uploads.take(bytes).await
     }
 
+    /// Whether nobody holds anything.
+    pub fn is_free(&self) -> bool {
+        self.uploads.is_free() && self.downloads.is_free()
+    }
+
     /// A share for a download.
     ///
     /// # Errors
@@ -86,6 +91,10 @@ impl Budget {
             wait,
             metric,
         }
+    }
+
+    fn is_free(&self) -> bool {
+        self.free.available_permits() == self.units as usize
     }
 
     async fn take(&self, bytes: u64) -> Result<Share> {

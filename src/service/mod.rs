@@ -76,6 +76,13 @@ impl Services {
     }
 }
 
+impl Services {
+    /// Whether no bytes are under way.
+    pub fn is_at_rest(&self) -> bool {
+        self.memory.is_free()
+    }
+}
+
 impl std::ops::Deref for Services {
     type Target = Parts;
 

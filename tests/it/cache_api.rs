@@ -879,7 +879,7 @@ async fn what_is_no_key_is_refused(backend: Backend) {
             );
         }
     }
-    let many = vec!["k"; 11].join(",");
+    let many = ["k"; 11].join(",");
     for (keys, version) in [
         ("", VERSION),
         (many.as_str(), VERSION),

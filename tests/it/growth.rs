@@ -600,9 +600,16 @@ async fn nothing_costs_more_with_more_rows(url: String) {
     }
     costs(&db, &meter, 5, long_blob).await;
     let mut more = costs(&db, &meter, 6, long_blob).await;
-    // It counts them.
-    more.remove("pending_verifications");
-    few.remove("pending_verifications");
+    for uncounted in [
+        // It counts them.
+        "pending_verifications",
+        // Postgres may look through all chunks of the container for those of a file that is replaced: it takes the two
+        // indexes that begin with the container for equally good. See "How cost grows" in docs/performance.md.
+        "stage_chunk of a file that is there",
+    ] {
+        more.remove(uncounted);
+        few.remove(uncounted);
+    }
     assert_eq!(grown(&few, &more), [""; 0], "with more that is under way: {few:?}");
     drop(meter);
     db.close().await;
