@@ -1,7 +1,7 @@
 //! Memory that a burst took is given back to the system when it is over.
 //!
 //! `app` runs it in the background. glibc keeps what hundreds of streams held, in pieces between what is still in use,
-//! until it is told otherwise.
+//! until it is told otherwise; other allocators are left alone.
 
 use std::time::Duration;
 
