@@ -29,8 +29,7 @@ seed() {
     done
 }
 seed block_list ../src/api/block_list.rs
-seed content_range ../src/api/cache_v1.rs
-seed file_range ../src/api/content_range.rs
+seed content_range ../src/api/content_range.rs
 seed item_path ../src/api/item_path.rs
 seed link ../src/papers/links.rs
 seed range ../src/api/range.rs

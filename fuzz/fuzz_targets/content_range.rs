@@ -1,4 +1,4 @@
-//! `Content-Range` of a chunk.
+//! `Content-Range` of a chunk, with or without the length of all.
 
 #![no_main]
 
@@ -9,8 +9,12 @@ fuzz_target!(|header: &str| {
     let Some(range) = fuzzing::content_range(header) else {
         return;
     };
-    assert!(range.start < range.end, "{range:?}");
+    let (bytes, total) = (range.bytes.clone(), range.total_bytes);
+    assert!(i64::try_from(bytes.end).is_ok(), "{range:?}");
+    assert!(total.is_none_or(|total| bytes.end <= total && i64::try_from(total).is_ok()), "{range:?}");
+    assert!(bytes.start < bytes.end || (bytes.end, total) == (0, Some(0)), "{range:?}");
     // Written in its one canonical way, it says the same.
-    let written = format!("bytes {}-{}/*", range.start, range.end - 1);
+    let total = total.map_or("*".to_owned(), |total| total.to_string());
+    let written = format!("bytes {}-{}/{total}", bytes.start, i128::from(bytes.end) - 1);
     assert_eq!(fuzzing::content_range(&written), Some(range));
 });

@@ -22,6 +22,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::content_range::ContentRange;
 use super::item_path::{self, ItemPath};
 use super::reply::ApisError;
 use super::twirp::{self, Message, format_timestamp};
@@ -221,11 +222,15 @@ pub async fn put(
     let id = container_id(&id);
     let path = file_of(request.uri().query())?;
     let headers = request.headers();
-    let range = header(headers, CONTENT_RANGE.as_str())?
-        .ok_or_else(|| Error::Invalid("Content-Range is missing".to_owned()))
-        .and_then(content_range::parse)?;
+    let Some(ContentRange {
+        bytes,
+        total_bytes: Some(total_bytes),
+    }) = header(headers, CONTENT_RANGE.as_str())?.and_then(content_range::parse)
+    else {
+        return Err(Error::Invalid("Content-Range must be `bytes <first>-<last>/<total>`".to_owned()).into());
+    };
     let size_bytes = header(headers, CONTENT_LENGTH.as_str())?.and_then(content_range::number);
-    if size_bytes != Some(range.bytes.end - range.bytes.start) {
+    if size_bytes != Some(bytes.end - bytes.start) {
         return Err(Error::Invalid("Content-Length must be there and fit to Content-Range".to_owned()).into());
     }
     let length = header(headers, "x-tfs-filelength")?
@@ -243,13 +248,13 @@ pub async fn put(
         }
     };
     let length_bytes = match (encoding, length) {
-        (Encoding::Gzip, Some(length)) if range.total_bytes > 0 => length,
+        (Encoding::Gzip, Some(length)) if total_bytes > 0 => length,
         (Encoding::Gzip, _) => {
             return Err(
                 Error::Invalid("what is packed has bytes, and x-tfs-filelength says of how many".to_owned()).into(),
             );
         }
-        (Encoding::Identity, length) if length.is_none_or(|length| length == range.total_bytes) => range.total_bytes,
+        (Encoding::Identity, length) if length.is_none_or(|length| length == total_bytes) => total_bytes,
         (Encoding::Identity, _) => {
             return Err(Error::Invalid("x-tfs-filelength and Content-Range disagree".to_owned()).into());
         }
@@ -263,11 +268,11 @@ pub async fn put(
         path: &path.below,
         encoding,
         length_bytes,
-        total_bytes: range.total_bytes,
-        file_offset: range.bytes.start,
+        total_bytes,
+        file_offset: bytes.start,
     };
     let upload = Upload {
-        size_bytes: range.bytes.end - range.bytes.start,
+        size_bytes: bytes.end - bytes.start,
         body: blobs::chunks(request.into_body(), context.patience),
         checksums,
     };

@@ -1,7 +1,8 @@
 //! Signed links in the dialect of Azure's block blobs: Put Block, Put Block List, Put Blob, Get and Head.
 //!
-//! Routed by `api/mod.rs` behind a verified link whose permission fits the method; artifacts and caches alike. Source: Azure's Blob service REST
-//! API as `@azure/storage-blob` 12.17 to 12.32 and azblob for Go speak it. Never parses names: the link has the id.
+//! Routed by `api/mod.rs` behind a verified link whose permission fits the method; artifacts and caches alike.
+//! Source: Azure's Blob service REST API as `@azure/storage-blob` 12.17 to 12.32 and azblob for Go speak it. Never
+//! parses names: the link has the id.
 
 use std::time::{Duration, Instant};
 

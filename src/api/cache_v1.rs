@@ -17,10 +17,10 @@ use axum::response::{IntoResponse, Response};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::Context;
 use super::blobs::chunks;
 use super::reply::ApisError;
 use super::twirp::format_timestamp;
+use super::{Context, content_range};
 use crate::error::Error;
 use crate::model::{CacheEntryId, Principal};
 use crate::service::uploads::{Checksums, Upload};
@@ -150,7 +150,7 @@ pub async fn upload_chunk(
     request: Request,
 ) -> Reply<StatusCode> {
     let id = entry_id(id)?;
-    let range = content_range(request.headers())?;
+    let range = chunk_range(request.headers())?;
     let upload = Upload {
         size_bytes: range.end - range.start,
         body: chunks(request.into_body(), context.patience),
@@ -187,24 +187,13 @@ fn entry_id(path: Result<Path<i64>, PathRejection>) -> Result<CacheEntryId, Erro
     }
 }
 
-/// Reads `bytes a-b/*`, or with a total in the star's place, as the bytes `a..b+1`. Source: RFC 9110 §14.4.
-pub fn parse_content_range(text: &str) -> Option<Range<u64>> {
-    let number = |text: &str| -> Option<u64> {
-        let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-        text.parse().ok().filter(|_| digits)
-    };
-    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
-    let (first, last) = range.split_once('-')?;
-    let range = number(first)?..number(last)?.checked_add(1)?;
-    let fits = total == "*" || number(total)? >= range.end;
-    (!range.is_empty() && fits).then_some(range)
-}
-
 /// What the chunk is of, which is also how long its body must be.
-fn content_range(headers: &HeaderMap) -> Result<Range<u64>, Error> {
+fn chunk_range(headers: &HeaderMap) -> Result<Range<u64>, Error> {
     let range = headers
         .get(CONTENT_RANGE)
-        .and_then(|value| parse_content_range(value.to_str().ok()?))
+        .and_then(|value| content_range::parse(value.to_str().ok()?))
+        .map(|range| range.bytes)
+        .filter(|bytes| !bytes.is_empty())
         .ok_or_else(|| Error::Invalid("Content-Range must be bytes <first>-<last>/*".to_owned()))?;
     let length = headers.get(CONTENT_LENGTH);
     if length.is_some_and(|length| length.as_bytes() != (range.end - range.start).to_string().as_bytes()) {
@@ -223,42 +212,4 @@ async fn json<T: DeserializeOwned>(context: &Context, request: Request) -> Resul
         .map_err(|_| Error::Busy("the body did not come".to_owned()))?
         .map_err(|_| Error::TooLarge(format!("the body is larger than {MAX_BODY_BYTES} bytes or broken")))?;
     serde_json::from_slice(&bytes).map_err(|error| Error::Malformed(format!("the body is not what is asked: {error}")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::parse_content_range;
-
-    #[test]
-    fn a_content_range_is_exact() {
-        for (text, range) in [
-            ("bytes 0-0/*", 0..1),
-            ("bytes 33554432-41944311/*", 33_554_432..41_944_312),
-            ("bytes 0-9/10", 0..10),
-            ("bytes 5-9/999", 5..10),
-        ] {
-            assert_eq!(parse_content_range(text), Some(range), "{text}");
-        }
-        for text in [
-            "",
-            "bytes",
-            "bytes */*",
-            "bytes 0-*/*",
-            "bytes -5/*",
-            "bytes 5-/*",
-            "bytes 5-4/*",
-            "bytes 0--1/0",
-            "bytes +0-5/*",
-            "bytes 0-5",
-            "bytes 0-5/",
-            "bytes 0-5/5",
-            "bytes 0-5/x",
-            "items 0-5/*",
-            "bytes=0-5/*",
-            "bytes 0-18446744073709551615/*",
-            "bytes 0-18446744073709551616/*",
-        ] {
-            assert_eq!(parse_content_range(text), None, "{text}");
-        }
-    }
 }

@@ -1,8 +1,7 @@
 //! Ways to the parsers that are private to this floor, for the targets in `fuzz/`. In no build but theirs.
 
 pub use super::block_list::parse as block_list;
-pub use super::cache_v1::parse_content_range as content_range;
-pub use super::content_range::parse as file_range;
+pub use super::content_range::parse as content_range;
 pub use super::range::parse as range;
 
 use super::artifacts_v4::{CreateArtifactRequest, FinalizeArtifactRequest, ListArtifactsRequest, NamedArtifactRequest};

@@ -7,10 +7,10 @@ use std::collections::{HashMap, HashSet};
 
 use uuid::Uuid;
 
-use super::{Db, Failure, TRIES, lost_every_race, on, signed, transaction, unsigned};
+use super::{Db, Failure, TRIES, lost_every_race, object_key, on, signed, transaction, unsigned};
 use crate::error::{Error, Result};
 use crate::failpoint;
-use crate::model::{BlobId, BlobKind, BlobState, Block, ObjectKey, Sha256};
+use crate::model::{BlobId, BlobKind, BlobState, Block, Sha256};
 
 /// Rows per statement when a block list is written: seven parameters each, below SQLite's limit of 32,766.
 pub(super) const ROWS_PER_INSERT: usize = 4_000;
@@ -132,7 +132,7 @@ impl WritableBlob {
 type BlockRow = (String, String, i64, i64, i64, Option<i64>);
 
 fn staged_block((block_id, key, object_offset, size, crc64, start): BlockRow) -> Result<StagedBlock> {
-    let object_key = ObjectKey::parse(&key).ok_or_else(|| Error::Internal(format!("not an object key: {key}")))?;
+    let object_key = object_key(&key)?;
     Ok(StagedBlock {
         block_id,
         block: Block {

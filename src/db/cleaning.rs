@@ -6,8 +6,8 @@
 use uuid::Uuid;
 
 use super::blobs::{BURY, FORGET_UNLISTED, UNLISTED_TO_GARBAGE};
-use super::{Db, on, transaction};
-use crate::error::{Error, Result};
+use super::{Db, object_key, on, transaction};
+use crate::error::Result;
 use crate::model::{BlobId, ObjectKey};
 
 impl Db {
@@ -284,8 +284,4 @@ impl Db {
             .await?
         }))
     }
-}
-
-fn object_key(text: &str) -> Result<ObjectKey> {
-    ObjectKey::parse(text).ok_or_else(|| Error::Internal(format!("not an object key: {text}")))
 }

@@ -11,6 +11,7 @@ mod checking;
 mod cleaning;
 mod connect;
 mod files;
+mod publishing;
 mod sqlite;
 
 pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
@@ -21,7 +22,8 @@ pub use caches::{
 };
 pub use checking::{Miscount, Overdue, SealedBlob, Standing};
 pub use connect::Settings;
-pub use files::{BrokenFile, ChunkSums, Container, Encoding, File, FileChunk, NewChunk, Publication, Staged};
+pub use files::{BrokenFile, ChunkSums, Container, Encoding, File, FileChunk, NewChunk, Staged};
+pub use publishing::Publication;
 pub use sqlite::{Lent, Sqlite};
 
 use std::borrow::Cow;
@@ -32,6 +34,7 @@ use uuid::Uuid;
 
 use crate::clock::Clock;
 use crate::error::{Error, Result};
+use crate::model::ObjectKey;
 
 /// The database. Cloning shares the connections.
 #[derive(Clone, Debug)]
@@ -301,4 +304,8 @@ fn unsigned(value: i64) -> Result<u64> {
 /// A size or offset as the database's signed 64 bits.
 fn signed(value: u64) -> Result<i64> {
     i64::try_from(value).map_err(|_| Error::TooLarge("a size above 2^63 bytes".to_owned()))
+}
+
+fn object_key(text: &str) -> Result<ObjectKey> {
+    ObjectKey::parse(text).ok_or_else(|| Error::Internal(format!("not an object key: {text}")))
 }

@@ -1,7 +1,7 @@
 //! Bytes going out: a finalized blob, whole or in part.
 //!
-//! Called by `api/blobs.rs` with a verified read link, and for pieces by `files.rs`. Bytes that were not compared with the client's hash yet never
-//! leave as a complete reply unless they match it.
+//! Called by `api/blobs.rs` with a verified read link, and for pieces by `files.rs`. Bytes that were not compared with
+//! the client's hash yet never leave as a complete reply unless they match it.
 
 use std::ops::Range;
 use std::pin::Pin;

@@ -1,7 +1,7 @@
 //! Bytes coming in: blocks, block lists and whole blobs.
 //!
-//! Called by `api/blobs.rs` with a verified write link, and for objects by `files.rs`. An object is complete in the store before any row names it,
-//! and is deleted when its row is refused.
+//! Called by `api/blobs.rs` with a verified write link, and for objects by `files.rs`. An object is complete in the
+//! store before any row names it, and is deleted when its row is refused.
 
 use std::time::Duration;
 

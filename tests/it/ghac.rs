@@ -35,6 +35,8 @@ async fn run(backend: Backend, service_v2: &str) {
     server.stop().await;
 }
 
+/// Not skipped: each of the other tests here runs it in a process of its own with `--ignored`, and fails unless it
+/// passed. In this process there is no server to find.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "the others run it, in the environment of a job"]
 async fn in_a_job() {
