@@ -27,7 +27,7 @@ use crate::papers::Papers;
 use crate::service::{Services, Settings, fsck};
 use crate::storage::{BlockStore, Durability};
 
-pub use self::local::{papers, prepare_data_dir};
+pub use self::local::prepare_data_dir;
 
 /// A running server.
 pub struct App {
@@ -68,7 +68,25 @@ pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
         scrub: config.scrub.clone(),
         memory: config.memory.clone(),
     };
-    Ok(Services::new(db, store, papers, clock, settings))
+    let services = Services::new(db, store, papers, clock, settings);
+    services.refresh_papers().await?;
+    Ok(services)
+}
+
+/// The issuers and keys of an installation that is there already.
+///
+/// # Errors
+/// One sentence that says what to do.
+pub async fn papers(config: &Config) -> anyhow::Result<Papers> {
+    let root_secret = local::existing_root_secret(config)?;
+    let papers = Papers::new(&config.issuers, &root_secret, &config.public_origin()).map_err(|error| anyhow!(error))?;
+    let db = connect(config).await?;
+    let keys = db.signing_keys().await?;
+    db.close().await;
+    papers
+        .use_keys(&keys, Clock::System.now_ms())
+        .map_err(|error| anyhow!(error))?;
+    Ok(papers)
 }
 
 /// Connects to the database and brings its schema up to date.
@@ -147,9 +165,11 @@ impl App {
             app.servers
                 .spawn(async move { api::serve::serve(listener, router, &settings, stop).await });
         }
-        let (verifier, scrubber) = (services.clone(), services.clone());
+        let (verifier, scrubber, refresher) = (services.clone(), services.clone(), services.clone());
         app.background
             .spawn(allocator::give_back_in_background(services.clone()));
+        app.background
+            .spawn(async move { refresher.refresh_papers_in_background().await });
         app.background
             .spawn(async move { verifier.verify_in_background().await });
         app.background

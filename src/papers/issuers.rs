@@ -85,7 +85,8 @@ pub(super) struct VerifyingKey {
 }
 
 impl Issuer {
-    fn minted(ring: &KeyRing) -> Result<Self, String> {
+    /// This server itself, as far as `ring` goes.
+    pub fn minted(ring: &KeyRing) -> Result<Self, String> {
         Ok(Self {
             name: MINTED_ISSUER.to_owned(),
             iss: Some(MINTED_ISSUER.to_owned()),
@@ -160,13 +161,13 @@ fn lifetime_ms(lifetime: Duration) -> Result<i64, String> {
     i64::try_from(lifetime.as_millis()).map_err(|error| error.to_string())
 }
 
-/// All issuers: the configured ones and this server itself.
+/// All configured issuers.
 #[derive(Debug)]
 pub(super) struct Issuers(Vec<Issuer>);
 
 impl Issuers {
-    pub fn new(settings: &[IssuerSettings], ring: &KeyRing) -> Result<Self, String> {
-        let mut table = vec![Issuer::minted(ring)?];
+    pub fn new(settings: &[IssuerSettings]) -> Result<Self, String> {
+        let mut table: Vec<Issuer> = Vec::new();
         for settings in settings {
             let explain = |why: String| format!("issuer `{}`: {why}", settings.name);
             let issuer = Issuer::configured(settings).map_err(explain)?;
@@ -191,6 +192,11 @@ impl Issuers {
         Ok(Self(table))
     }
 
+    /// How long a token lives at the most, whosever it is.
+    pub fn max_lifetime_ms(&self) -> i64 {
+        self.0.iter().map(|issuer| issuer.max_lifetime_ms).max().unwrap_or(0)
+    }
+
     /// The one issuer whose keys may verify a token with this `iss`.
     pub fn find(&self, iss: Option<&str>) -> Option<&Issuer> {
         self.0.iter().find(|issuer| match iss {
@@ -204,7 +210,7 @@ impl Issuers {
 pub(super) mod tests {
     use std::path::Path;
 
-    use super::super::secret::tests::{root, write};
+    use super::super::secret::tests::write;
     use super::*;
 
     /// What each issuer named in a test signs with.
@@ -227,10 +233,6 @@ pub(super) mod tests {
         }
     }
 
-    fn table(settings: &[IssuerSettings]) -> Result<Issuers, String> {
-        Issuers::new(settings, &KeyRing::new(&root()).unwrap())
-    }
-
     #[test]
     fn issuers_are_found_by_exact_iss() {
         let directory = tempfile::tempdir().unwrap();
@@ -239,22 +241,21 @@ pub(super) mod tests {
             default: true,
             ..settings(directory.path(), "gitea")
         };
-        let issuers = table(&[settings(directory.path(), "forge"), gitea]).unwrap();
+        let issuers = Issuers::new(&[settings(directory.path(), "forge"), gitea]).unwrap();
         let name = |iss| issuers.find(iss).map(|issuer| issuer.name.as_str());
         assert_eq!(name(Some("https://forge.example")), Some("forge"));
-        assert_eq!(name(Some("wharfinger")), Some("wharfinger"));
         assert_eq!(name(None), Some("gitea"));
         for iss in [
             "",
             "https://forge.example/",
             "HTTPS://forge.example",
             "forge",
-            "Wharfinger",
+            "wharfinger",
             "gitea",
         ] {
             assert_eq!(name(Some(iss)), None, "{iss}");
         }
-        assert!(table(&[]).unwrap().find(None).is_none());
+        assert!(Issuers::new(&[]).unwrap().find(None).is_none());
     }
 
     #[test]
@@ -368,7 +369,7 @@ pub(super) mod tests {
             ),
         ];
         for (settings, why) in cases {
-            let error = table(&settings).expect_err(why);
+            let error = Issuers::new(&settings).expect_err(why);
             assert!(error.starts_with("issuer `") && error.contains(why), "{error}");
         }
     }
@@ -401,7 +402,7 @@ pub(super) mod tests {
     #[test]
     fn debug_shows_no_secret() {
         let directory = tempfile::tempdir().unwrap();
-        let text = format!("{:?}", table(&[settings(directory.path(), "forge")]).unwrap());
+        let text = format!("{:?}", Issuers::new(&[settings(directory.path(), "forge")]).unwrap());
         assert!(!text.contains("3q2") && !text.contains("102, 111"), "{text}");
     }
 }

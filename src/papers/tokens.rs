@@ -13,7 +13,7 @@ use serde::de::{self, DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-use super::issuers::{Issuer, Issuers};
+use super::issuers::{Issuer, Issuers, MINTED_ISSUER};
 use crate::error::{Error, Result};
 use crate::model::{CacheScope, Principal, RunKey};
 
@@ -23,7 +23,7 @@ const MAX_HEADER_BYTES: usize = 8 * 1024;
 const MAX_AC_BYTES: usize = 8 * 1024;
 const MAX_CACHE_SCOPES: usize = 16;
 /// How far the clocks of issuer and server may differ.
-const LEEWAY_MS: i64 = 60_000;
+pub(super) const LEEWAY_MS: i64 = 60_000;
 /// The last second of the year 9999: dates that can be turned into milliseconds and added to.
 const MAX_DATE_S: i64 = 253_402_300_799;
 
@@ -31,10 +31,15 @@ const MAX_DATE_S: i64 = 253_402_300_799;
 const FORBIDDEN_HEADERS: [&str; 7] = ["crit", "jku", "jwk", "x5u", "x5c", "b64", "zip"];
 
 /// Whether `text` is `owner/name` in the alphabet of the forges.
-pub(super) fn is_repository(text: &str) -> bool {
+pub fn is_repository(text: &str) -> bool {
     let is_part = |part: &str| is_word(part, 100) && part != "." && part != "..";
     text.split_once('/')
         .is_some_and(|(owner, name)| is_part(owner) && is_part(name))
+}
+
+/// What rows of a repository are kept under of which only the name is known.
+pub fn repository_key(name: &str) -> String {
+    format!("name:{}", name.to_ascii_lowercase())
 }
 
 /// Whether `text` can be one of the two ids in `Actions.Results:<run>:<job>`.
@@ -73,9 +78,16 @@ fn is_its_own(event: &str, scope: &str) -> bool {
     })
 }
 
-/// The checks stand in the order in which they are made. `untrusted_read_only`: what an outsider's event sets off does
-/// not write where trusted jobs read, whatever `ac` says. A token that does not name its event is its issuer's to judge.
-pub(super) fn verify(issuers: &Issuers, token: &str, untrusted_read_only: bool, now_ms: i64) -> Result<Principal> {
+/// The checks stand in the order in which they are made. `minted` is this server itself as an issuer.
+/// `untrusted_read_only`: what an outsider's event sets off does not write where trusted jobs read, whatever `ac` says.
+/// A token that does not name its event is its issuer's to judge.
+pub(super) fn verify(
+    issuers: &Issuers,
+    minted: &Issuer,
+    token: &str,
+    untrusted_read_only: bool,
+    now_ms: i64,
+) -> Result<Principal> {
     let Parts {
         mut header,
         mut claims,
@@ -83,7 +95,11 @@ pub(super) fn verify(issuers: &Issuers, token: &str, untrusted_read_only: bool, 
         signature,
     } = Parts::read(token)?;
     let iss: Option<String> = claims.take("iss")?;
-    let Some(issuer) = issuers.find(iss.as_deref()) else {
+    let issuer = match iss.as_deref() {
+        Some(MINTED_ISSUER) => Some(minted),
+        iss => issuers.find(iss),
+    };
+    let Some(issuer) = issuer else {
         return refuse("no issuer is configured for the token's iss");
     };
     verify_signature(issuer, &mut header, signed, signature)?;
@@ -110,7 +126,7 @@ pub(super) fn verify(issuers: &Issuers, token: &str, untrusted_read_only: bool, 
     let repository_name = claims.repository.or_else(|| issuer.repository.clone());
     let repository = match (claims.repository_id, &repository_name) {
         (Some(id), _) => format!("id:{id}"),
-        (None, Some(name)) => format!("name:{}", name.to_ascii_lowercase()),
+        (None, Some(name)) => repository_key(name),
         (None, None) => String::new(),
     };
     Ok(Principal {
@@ -124,6 +140,8 @@ pub(super) fn verify(issuers: &Issuers, token: &str, untrusted_read_only: bool, 
         run_attempt: claims.run_attempt,
         job_backend_id,
         cache_scopes,
+        // Both dates were found to be dates.
+        issued_at_ms: claims.iat_s.or(claims.nbf_s).map(|seconds| seconds * 1000),
         expires_at_ms,
     })
 }
