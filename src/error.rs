@@ -42,6 +42,9 @@ pub enum Error {
     Forbidden(String),
     #[error("{0}")]
     TooLarge(String),
+    /// The body is packed, and its bytes are wanted as they are.
+    #[error("{0}")]
+    Encoded(String),
     #[error("{0}")]
     QuotaExceeded(String),
     /// Try again later: overload, a full disk, a database or store that does not answer.

@@ -26,7 +26,7 @@ use super::content_range::ContentRange;
 use super::item_path::{self, ItemPath};
 use super::reply::ApisError;
 use super::twirp::{self, Message, format_timestamp};
-use super::{Context, blobs, content_range};
+use super::{Context, body, content_range};
 use crate::db::{Container, Encoding, File};
 use crate::error::Error;
 use crate::model::{ArtifactId, Principal};
@@ -273,7 +273,7 @@ pub async fn put(
     };
     let upload = Upload {
         size_bytes: bytes.end - bytes.start,
-        body: blobs::chunks(request.into_body(), context.patience),
+        body: body::chunks(request.into_body(), context.patience),
         checksums,
     };
     context.services.put_chunk(&principal, id, &chunk, upload).await?;

@@ -4,10 +4,10 @@
 //! Source: Azure's Blob service REST API as `@azure/storage-blob` 12.17 to 12.32 and azblob for Go speak it. Never
 //! parses names: the link has the id.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Extension;
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::{
     ACCEPT_RANGES, CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_SECURITY_POLICY,
@@ -21,12 +21,10 @@ use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt, TryStreamExt};
-use tokio::time::timeout;
+use futures_util::Stream;
 
-use super::patience::Patience;
 use super::reply::AzureError;
-use super::{Context, block_list, range};
+use super::{Context, block_list, body, range};
 use crate::db::ReadableBlob;
 use crate::error::Error;
 use crate::model::BlobId;
@@ -130,23 +128,10 @@ async fn put_block(context: &Context, link: &Link, request: Request) -> Reply {
 async fn put_block_list(context: &Context, link: &Link, request: Request) -> Reply {
     let content_type = content_type(request.headers())?;
     let length = content_length(request.headers())?;
-    let too_large = || {
-        Error::TooLarge(format!(
-            "a block list may have at most {} bytes",
-            block_list::MAX_BODY_BYTES
-        ))
-    };
-    if length > block_list::MAX_BODY_BYTES as u64 {
-        return Err(too_large().into());
-    }
+    // Of a larger one not even the memory is asked for.
+    body::check_whole(&request)?;
     let _room = context.services.room_for_list(length).await?;
-    let body = timeout(
-        context.patience.left(),
-        to_bytes(request.into_body(), block_list::MAX_BODY_BYTES),
-    )
-    .await
-    .map_err(|_| stalled())?
-    .map_err(|error| broken(&error))?;
+    let body = body::whole(context, request).await?;
     let list = block_list::parse(&body)?;
     context
         .services
@@ -224,32 +209,9 @@ fn upload(
     };
     Ok(Upload {
         size_bytes,
-        body: chunks(request.into_body(), context.patience),
+        body: body::chunks(request.into_body(), context.patience),
         checksums,
     })
-}
-
-/// A body's bytes as they come; an error item if they stop coming or come too slowly.
-pub(super) fn chunks(body: Body, patience: Patience) -> impl Stream<Item = Result<Bytes, Error>> + Send + 'static {
-    let frames = body.into_data_stream().map_err(|error| broken(&error));
-    futures_util::stream::unfold((Box::pin(frames), patience), |(mut frames, mut patience)| async move {
-        let begun = Instant::now();
-        let item = match timeout(patience.left(), frames.next()).await {
-            Ok(item) => item?,
-            Err(_) => Err(stalled()),
-        };
-        patience.waited(begun.elapsed(), item.as_ref().map_or(0, Bytes::len));
-        Some((item, (frames, patience)))
-    })
-}
-
-/// The blob client gives up for good on 408 and tries again on 503.
-fn stalled() -> Error {
-    Error::Busy("the body stopped coming, send it again".to_owned())
-}
-
-fn broken(error: &axum::Error) -> Error {
-    Error::Invalid(format!("the body broke off: {error}"))
 }
 
 fn created(blob: BlobId, changed_at_ms: Option<i64>) -> Response {

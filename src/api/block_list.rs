@@ -10,8 +10,6 @@ use super::blobs::canonical_block_id;
 use super::reply::AzureError;
 use crate::db::{ListEntry, ListSource};
 
-/// A body larger than this is refused.
-pub const MAX_BODY_BYTES: usize = 8 * 1024 * 1024;
 const MAX_BLOCKS: usize = 50_000;
 /// Room for a namespace on the root; keeps the parser's work on attributes nil.
 const MAX_TAG_BYTES: usize = 1024;

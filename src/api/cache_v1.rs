@@ -8,7 +8,6 @@ use std::ops::Range;
 
 use axum::Extension;
 use axum::Json;
-use axum::body::to_bytes;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, Request, State};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_RANGE};
@@ -17,10 +16,9 @@ use axum::response::{IntoResponse, Response};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::blobs::chunks;
 use super::reply::ApisError;
 use super::twirp::format_timestamp;
-use super::{Context, content_range};
+use super::{Context, body, content_range};
 use crate::error::Error;
 use crate::model::{CacheEntryId, Principal};
 use crate::service::uploads::{Checksums, Upload};
@@ -29,7 +27,6 @@ type Reply<T> = Result<T, ApisError>;
 
 /// Keys of one look-up. Source: `@actions/cache`, `cache.ts`.
 const MAX_KEYS: usize = 10;
-const MAX_BODY_BYTES: usize = 64 * 1024;
 
 #[derive(Debug, Deserialize)]
 pub struct LookUp {
@@ -153,7 +150,7 @@ pub async fn upload_chunk(
     let range = chunk_range(request.headers())?;
     let upload = Upload {
         size_bytes: range.end - range.start,
-        body: chunks(request.into_body(), context.patience),
+        body: body::chunks(request.into_body(), context.patience),
         checksums: Checksums::default(),
     };
     context
@@ -206,10 +203,6 @@ fn chunk_range(headers: &HeaderMap) -> Result<Range<u64>, Error> {
 
 /// A small JSON body, whatever its declared type.
 async fn json<T: DeserializeOwned>(context: &Context, request: Request) -> Result<T, Error> {
-    let reading = to_bytes(request.into_body(), MAX_BODY_BYTES);
-    let bytes = tokio::time::timeout(context.patience.left(), reading)
-        .await
-        .map_err(|_| Error::Busy("the body did not come".to_owned()))?
-        .map_err(|_| Error::TooLarge(format!("the body is larger than {MAX_BODY_BYTES} bytes or broken")))?;
+    let bytes = body::whole(context, request).await?;
     serde_json::from_slice(&bytes).map_err(|error| Error::Malformed(format!("the body is not what is asked: {error}")))
 }

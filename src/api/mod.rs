@@ -1,13 +1,14 @@
 //! Everything that knows HTTP. This page is the whole URL map.
 //!
-//! `app` serves what [`public`] and [`internal`] return. Every route is declared with who may call it, and that
-//! declaration is what guards it; handlers call `service/` and never the database or the store.
+//! `app` serves what [`public`] and [`internal`] return. Every route is declared with who may call it and how large a
+//! body it takes, and that declaration is what guards it; handlers call `service/` and never the database or the store.
 
 mod artifacts_v3;
 mod artifacts_v4;
 mod auth;
 mod blobs;
 mod block_list;
+mod body;
 mod cache_v1;
 mod cache_v2;
 mod content_range;
@@ -28,6 +29,7 @@ use axum::http::{StatusCode, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{MethodRouter, any, get, patch, post};
 
+pub use self::body::BodyLimit;
 pub use self::ops::Operations;
 use self::patience::Patience;
 use self::reply::{GithubError, TwirpError};
@@ -52,15 +54,23 @@ pub struct Context {
     pub patience: Patience,
 }
 
-/// Routes, each with who may call it.
+/// Routes, each with who may call it and how large a body it takes.
 pub struct UrlMap {
     context: Context,
     router: Router<Context>,
-    routes: Vec<(&'static str, Caller)>,
+    routes: Vec<(&'static str, Caller, BodyLimit)>,
 }
+
+/// A Twirp message, and whatever else is JSON and small.
+const MESSAGE: BodyLimit = BodyLimit::Bytes(1024 * 1024);
+/// The first cache protocol's JSON.
+const CACHE_MESSAGE: usize = 64 * 1024;
+/// 50 000 blocks in XML.
+const BLOCK_LIST: usize = 8 * 1024 * 1024;
 
 /// The public listener's URL map.
 pub fn public(context: Context) -> UrlMap {
+    use BodyLimit::{Bytes, None, Streamed, StreamedPacked};
     use Caller::{Anyone, RuntimeToken, SignedLink};
     UrlMap {
         context,
@@ -71,57 +81,68 @@ pub fn public(context: Context) -> UrlMap {
     .route(
         RuntimeToken,
         "/twirp/github.actions.results.api.v1.ArtifactService/CreateArtifact",
+        MESSAGE,
         call(post(artifacts_v4::create)),
     )
     .route(
         RuntimeToken,
         "/twirp/github.actions.results.api.v1.ArtifactService/FinalizeArtifact",
+        MESSAGE,
         call(post(artifacts_v4::finalize)),
     )
     .route(
         RuntimeToken,
         "/twirp/github.actions.results.api.v1.ArtifactService/ListArtifacts",
+        MESSAGE,
         call(post(artifacts_v4::list)),
     )
     .route(
         RuntimeToken,
         "/twirp/github.actions.results.api.v1.ArtifactService/GetSignedArtifactURL",
+        MESSAGE,
         call(post(artifacts_v4::signed_url)),
     )
     .route(
         RuntimeToken,
         "/twirp/github.actions.results.api.v1.ArtifactService/DeleteArtifact",
+        MESSAGE,
         call(post(artifacts_v4::delete)),
     )
     .route(
         RuntimeToken,
         "/twirp/github.actions.results.api.v1.ArtifactService/MigrateArtifact",
+        MESSAGE,
         call(post(artifacts_v4::migrate)),
     )
     .route(
         RuntimeToken,
         "/twirp/github.actions.results.api.v1.ArtifactService/FinalizeMigratedArtifact",
+        MESSAGE,
         call(post(artifacts_v4::migrate)),
     )
     .route(
         RuntimeToken,
         "/twirp/github.actions.results.api.v1.CacheService/CreateCacheEntry",
+        MESSAGE,
         call(post(cache_v2::create)),
     )
     .route(
         RuntimeToken,
         "/twirp/github.actions.results.api.v1.CacheService/FinalizeCacheEntryUpload",
+        MESSAGE,
         call(post(cache_v2::finalize)),
     )
     .route(
         RuntimeToken,
         "/twirp/github.actions.results.api.v1.CacheService/GetCacheEntryDownloadURL",
+        MESSAGE,
         call(post(cache_v2::download_url)),
     )
     // Artifacts of version 3 and before. Clients build the first path from ACTIONS_RUNTIME_URL, and get the others.
     .route(
         RuntimeToken,
         "/_apis/pipelines/workflows/{run_id}/artifacts",
+        MESSAGE,
         get(artifacts_v3::list)
             .post(artifacts_v3::create)
             .patch(artifacts_v3::finalize),
@@ -129,29 +150,38 @@ pub fn public(context: Context) -> UrlMap {
     .route(
         RuntimeToken,
         "/_apis/resources/Containers/{id}",
+        StreamedPacked,
         get(artifacts_v3::items).put(artifacts_v3::put),
     )
     .route(
         RuntimeToken,
         "/_apis/resources/Containers/{id}/file",
+        None,
         get(artifacts_v3::file),
     )
-    .route(Anyone, "/twirp/{*method}", any(bad_route))
-    .route(Anyone, "/twirp/", any(bad_route))
+    .route(Anyone, "/twirp/{*method}", None, any(bad_route))
+    .route(Anyone, "/twirp/", None, any(bad_route))
     // The first cache protocol.
-    .route(RuntimeToken, "/_apis/artifactcache/cache", get(cache_v1::look_up))
+    .route(RuntimeToken, "/_apis/artifactcache/cache", None, get(cache_v1::look_up))
     .route(
         RuntimeToken,
         "/_apis/artifactcache/caches",
+        Bytes(CACHE_MESSAGE),
         get(cache_v1::list).post(cache_v1::reserve).fallback(not_found),
     )
     .route(
         RuntimeToken,
         "/_apis/artifactcache/caches/{id}",
+        Streamed { whole: CACHE_MESSAGE },
         patch(cache_v1::upload_chunk).post(cache_v1::commit).fallback(not_found),
     )
     // Bytes, by signed links only.
-    .route(SignedLink, "/blob/{kind}/{id}", any(blobs::handle))
+    .route(
+        SignedLink,
+        "/blob/{kind}/{id}",
+        Streamed { whole: BLOCK_LIST },
+        any(blobs::handle),
+    )
 }
 
 /// The internal listener's URL map: for operators, on an address that the public does not reach.
@@ -164,20 +194,21 @@ pub fn internal(operations: Operations) -> Router {
 }
 
 impl UrlMap {
-    fn route(mut self, caller: Caller, path: &'static str, handler: MethodRouter<Context>) -> Self {
+    fn route(mut self, caller: Caller, path: &'static str, body: BodyLimit, handler: MethodRouter<Context>) -> Self {
         let context = self.context.clone();
+        let handler = handler.layer(from_fn_with_state(body, body::limit));
         let guarded = match caller {
             Caller::RuntimeToken => handler.layer(from_fn_with_state(context, auth::runtime_token)),
             Caller::SignedLink => handler.layer(from_fn_with_state(context, auth::signed_link)),
             Caller::Anyone => handler,
         };
         self.router = self.router.route(path, guarded);
-        self.routes.push((path, caller));
+        self.routes.push((path, caller, body));
         self
     }
 
-    /// Every route and who may call it, for the test that walks them.
-    pub fn routes(&self) -> &[(&'static str, Caller)] {
+    /// Every route with its declarations, for the tests that walk them.
+    pub fn routes(&self) -> &[(&'static str, Caller, BodyLimit)] {
         &self.routes
     }
 

@@ -58,7 +58,9 @@ impl From<Error> for TwirpError {
             Error::Unsupported(_) => (StatusCode::NOT_IMPLEMENTED, "unimplemented"),
             Error::Unauthorized(_) => (StatusCode::UNAUTHORIZED, "unauthenticated"),
             Error::Forbidden(_) => (StatusCode::FORBIDDEN, "permission_denied"),
+            // Twirp has no code for these two. HTTP's statuses say it, and no client tries them again.
             Error::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "malformed"),
+            Error::Encoded(_) => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "malformed"),
             // Twirp's 429 would make the clients try again; a full quota is final.
             Error::QuotaExceeded(_) => (StatusCode::FORBIDDEN, "resource_exhausted"),
             Error::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
@@ -117,6 +119,7 @@ impl From<Error> for AzureError {
             Error::Unsupported(_) => (StatusCode::BAD_REQUEST, "UnsupportedHeader"),
             Error::Unauthorized(_) | Error::Forbidden(_) => (StatusCode::FORBIDDEN, "AuthenticationFailed"),
             Error::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "RequestBodyTooLarge"),
+            Error::Encoded(_) => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedHeader"),
             Error::QuotaExceeded(_) => (StatusCode::FORBIDDEN, "InsufficientAccountPermissions"),
             Error::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "ServerBusy"),
             Error::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalError"),
@@ -200,6 +203,7 @@ impl From<Error> for ApisError {
             Error::Unauthorized(_) => (StatusCode::UNAUTHORIZED, "UnauthorizedException"),
             Error::Forbidden(_) => (StatusCode::FORBIDDEN, "AccessDeniedException"),
             Error::Unsupported(_) => (StatusCode::NOT_IMPLEMENTED, "NotSupportedException"),
+            Error::Encoded(_) => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "InvalidRequestException"),
             Error::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableException"),
             Error::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalServerException"),
             // Of these the clients know 400 only, and show its message.

@@ -3,21 +3,18 @@
 //! Called by the services' handlers. Reads what protobuf's JSON mapping allows and the real clients send: snake_case
 //! or camelCase names, 64-bit numbers as strings or numbers, missing, null and unknown fields. Errors are always JSON.
 
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::{FromRequest, Request};
-use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::HeaderMap;
+use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use super::Context;
 use super::reply::TwirpError;
+use super::{Context, body};
 
-/// A request body larger than this is refused.
-const MAX_BODY_BYTES: usize = 1024 * 1024;
 /// JSON nested deeper than this is refused.
 const MAX_DEPTH: usize = 64;
 
@@ -29,7 +26,7 @@ impl<T: DeserializeOwned> FromRequest<Context> for Message<T> {
 
     async fn from_request(request: Request, context: &Context) -> Result<Self, TwirpError> {
         match encoding(request.headers())? {
-            Encoding::Json => parse(&body(request, context).await?).map(Message),
+            Encoding::Json => parse(&body::whole(context, request).await?).map(Message),
             Encoding::Protobuf => Err(TwirpError::bad_route("the service speaks JSON only")),
         }
     }
@@ -72,7 +69,7 @@ impl<T: DeserializeOwned + prost::Message + Default> FromRequest<Context> for En
 
     async fn from_request(request: Request, context: &Context) -> Result<Self, TwirpError> {
         let encoding = encoding(request.headers())?;
-        let bytes = body(request, context).await?;
+        let bytes = body::whole(context, request).await?;
         let message = match encoding {
             Encoding::Json => parse(&bytes)?,
             Encoding::Protobuf => T::decode(bytes)
@@ -95,35 +92,7 @@ impl<T: Serialize + prost::Message> IntoResponse for Encoded<T> {
     }
 }
 
-async fn body(request: Request, context: &Context) -> Result<Bytes, TwirpError> {
-    let reading = to_bytes(request.into_body(), MAX_BODY_BYTES);
-    tokio::time::timeout(context.patience.left(), reading)
-        .await
-        .map_err(|_| {
-            TwirpError::new(
-                StatusCode::REQUEST_TIMEOUT,
-                "deadline_exceeded",
-                "the body did not come",
-            )
-        })?
-        .map_err(|_| {
-            TwirpError::new(
-                StatusCode::PAYLOAD_TOO_LARGE,
-                "malformed",
-                "the body is larger than 1 MiB or broken",
-            )
-        })
-}
-
 fn encoding(headers: &HeaderMap) -> Result<Encoding, TwirpError> {
-    if headers.contains_key(CONTENT_ENCODING) {
-        let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-        return Err(TwirpError::new(
-            status,
-            "malformed",
-            "compressed request bodies are not accepted",
-        ));
-    }
     let content_type = headers
         .get(CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())

@@ -1,7 +1,7 @@
-//! Every route has a guard, and it is the one that the URL map declares.
+//! Every route has a guard and a limit on bodies, and they are those that the URL map declares.
 
 use serde_json::json;
-use wharfinger::api::{self, Caller, Context};
+use wharfinger::api::{self, BodyLimit, Caller, Context, UrlMap};
 
 use super::common::raw::{Reply, exchange, request};
 use super::common::{Backend, TestServer};
@@ -13,16 +13,20 @@ async fn send(server: &TestServer, method: &str, path: &str, headers: &[(&str, &
     exchange(&server.url, &request(method, path, headers, b"{}")).await
 }
 
+fn url_map(server: &TestServer) -> UrlMap {
+    api::public(Context {
+        services: server.app.services.clone(),
+        patience: server.config.server.patience(),
+    })
+}
+
 #[tokio::test]
 async fn every_route_is_guarded_as_declared() {
     let server = TestServer::start(Backend::SqliteDisk).await;
-    let map = api::public(Context {
-        services: server.app.services.clone(),
-        patience: server.config.server.patience(),
-    });
+    let map = url_map(&server);
     let blob = uuid::Uuid::now_v7();
     let mut public = Vec::new();
-    for (pattern, caller) in map.routes() {
+    for (pattern, caller, _) in map.routes() {
         let path = pattern
             .replace("{kind}", "art")
             .replace("{id}", &blob.to_string())
@@ -61,6 +65,62 @@ async fn every_route_is_guarded_as_declared() {
     }
     assert_eq!(public, PUBLIC);
     assert!(map.routes().len() > PUBLIC.len());
+    server.stop().await;
+}
+
+/// The link of a route with a link, or the path with what a good token may ask for.
+async fn good(server: &TestServer, pattern: &str, caller: Caller) -> (String, String) {
+    let job = server.job();
+    let path = match caller {
+        Caller::SignedLink => {
+            let link = job.create("limits").await;
+            format!("{}&comp=blocklist", link.strip_prefix(&server.url).unwrap())
+        }
+        _ => pattern.replace("{id}", "1").replace("{run_id}", "1"),
+    };
+    (path, format!("Bearer {}", job.token))
+}
+
+#[tokio::test]
+async fn every_route_refuses_a_body_that_is_too_large_or_packed() {
+    let server = TestServer::start(Backend::SqliteDisk).await;
+    for (pattern, caller, limit) in url_map(&server).routes() {
+        let (path, bearer) = good(&server, pattern, *caller).await;
+        let method = if *caller == Caller::SignedLink { "PUT" } else { "POST" };
+        let headers = [("content-type", "application/json"), ("authorization", bearer.as_str())];
+        let send = async |more: (&str, &str), body: &[u8]| {
+            let headers = [&headers[..], &[more]].concat();
+            exchange(&server.url, &request(method, &path, &headers, body)).await
+        };
+        // Where the clients know 400 only, it is that.
+        let too_large = if path.starts_with("/_apis/") { 400 } else { 413 };
+        let (most, whole) = match *limit {
+            BodyLimit::None => (64 * 1024, None),
+            BodyLimit::Bytes(bytes) => (bytes, Some(bytes)),
+            BodyLimit::Streamed { whole } => (whole, Some(whole)),
+            BodyLimit::StreamedPacked => continue,
+        };
+        // By what is said of it alone: no byte of it comes.
+        let reply = send(("content-length", &(most + 1).to_string()), b"").await;
+        assert_eq!(reply.status, too_large, "{path}: {reply:?}");
+        assert!(reply.text().contains(&most.to_string()), "{path}: {reply:?}");
+        // And where nothing is said of it, as soon as it is. Azure's clients must say it.
+        if let Some(whole) = whole.filter(|_| *caller == Caller::RuntimeToken) {
+            let body = [
+                format!("{:x}\r\n", whole + 1).as_bytes(),
+                &vec![b' '; whole + 1],
+                b"\r\n0\r\n\r\n",
+            ]
+            .concat();
+            let reply = send(("transfer-encoding", "chunked"), &body).await;
+            // What is not implemented reads nothing.
+            assert!(reply.status == too_large || reply.status == 501, "{path}: {reply:?}");
+        }
+        let reply = send(("content-encoding", "gzip"), b"{}").await;
+        assert_eq!(reply.status, 415, "{path}: {reply:?}");
+        let reply = send(("content-encoding", "identity"), b"{}").await;
+        assert_ne!(reply.status, 415, "{path}: {reply:?}");
+    }
     server.stop().await;
 }
 
