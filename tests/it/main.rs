@@ -4,6 +4,7 @@
 
 mod artifacts_api;
 mod artifacts_v3;
+mod authorization;
 mod bad_inputs;
 mod bounds;
 mod cache_api;

@@ -45,6 +45,8 @@ async fn every_route_is_guarded_as_declared() {
                     // In the words of the path's clients.
                     let (field, word) = if path.starts_with("/_apis/") {
                         ("typeKey", "UnauthorizedException")
+                    } else if path.starts_with("/api/") {
+                        ("message", "Bad credentials")
                     } else {
                         ("code", "unauthenticated")
                     };
@@ -59,6 +61,15 @@ async fn every_route_is_guarded_as_declared() {
                         assert_eq!(reply.header("x-ms-error-code"), Some("AuthenticationFailed"));
                     }
                 }
+            }
+            // `authorization` has every caller on these.
+            Caller::ApiToken(_) => {
+                let reply = send(&server, "POST", &path, &[]).await;
+                assert_eq!(
+                    (reply.status, reply.json()),
+                    (401, json!({ "message": "Bad credentials" })),
+                    "{path}"
+                );
             }
             Caller::Anyone => public.push(*pattern),
         }
