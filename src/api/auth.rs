@@ -17,8 +17,10 @@ use crate::papers::{Link, Permission};
 /// Lets a request with a good runtime token through, with its `Principal`.
 pub async fn runtime_token(State(context): State<Context>, mut request: Request, next: Next) -> Response {
     let services = &context.services;
-    let principal =
-        bearer(request.headers()).and_then(|token| services.papers.verify_token(token, services.clock.now_ms()));
+    let principal = match bearer(request.headers()) {
+        Ok(token) => services.papers.authenticate(token, services.clock.now_ms()).await,
+        Err(error) => Err(error),
+    };
     match principal {
         Ok(principal) => {
             request.extensions_mut().insert(principal);
