@@ -52,6 +52,7 @@ pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
     }
     let root_secret = local::root_secret(config)?;
     let papers = Papers::new(&config.issuers, &root_secret, &config.public_origin())
+        .and_then(|papers| papers.fetching_key_sets(config.ca_file.as_deref()))
         .map_err(|error| anyhow!(error))?
         .untrusted_events_readonly(config.cache.untrusted_events_readonly);
     let db = connect(config).await?;
@@ -165,15 +166,19 @@ impl App {
             app.servers
                 .spawn(async move { api::serve::serve(listener, router, &settings, stop).await });
         }
-        let (verifier, scrubber, refresher) = (services.clone(), services.clone(), services.clone());
+        let (verifier, scrubber) = (services.clone(), services.clone());
+        let (papers, issuers) = (services.clone(), services.clone());
         app.background
             .spawn(allocator::give_back_in_background(services.clone()));
         app.background
-            .spawn(async move { refresher.refresh_papers_in_background().await });
+            .spawn(async move { papers.refresh_papers_in_background().await });
         app.background
             .spawn(async move { verifier.verify_in_background().await });
         app.background
             .spawn(async move { scrubber.scrub_in_background().await });
+        app.background.spawn(async move {
+            issuers.papers.refresh_key_sets_in_background(&issuers.clock).await;
+        });
         app.background
             .spawn(async move { services.clean_in_background().await });
         app.announce(&config);

@@ -35,7 +35,7 @@ async fn principal(context: &Context, headers: &HeaderMap) -> Result<Principal> 
         return Err(Error::Forbidden("API tokens are not for jobs".to_owned()));
     }
     let services = &context.services;
-    services.papers.verify_token(token, services.clock.now_ms())
+    services.papers.authenticate(token, services.clock.now_ms()).await
 }
 
 /// Lets a request with a good API token through, with the [`ApiToken`]. To read takes any; everything else takes
@@ -74,7 +74,7 @@ async fn known_token(context: &Context, headers: &HeaderMap) -> Result<ApiToken>
     if ApiTokenText::is_claimed_by(text) {
         return services.verify_api_token(text).await;
     }
-    services.papers.verify_token(text, services.clock.now_ms())?;
+    services.papers.authenticate(text, services.clock.now_ms()).await?;
     Err(Error::Forbidden(
         "this takes an API token; a job's token does not do".to_owned(),
     ))

@@ -8,16 +8,20 @@
 mod api_tokens;
 mod closed_runs;
 mod issuers;
+mod key_sets;
 mod keys;
 mod links;
 mod mint;
 mod secret;
 mod tokens;
 
+use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use futures_util::future::join_all;
 use http::Uri;
 
+use crate::clock::Clock;
 use crate::error;
 use crate::model::{BlobId, BlobKind, ClosedRun, Principal, SigningKey};
 
@@ -37,6 +41,8 @@ pub struct Papers {
     closed_runs: RwLock<closed_runs::ClosedRuns>,
     public_url: String,
     untrusted_events_readonly: bool,
+    /// Asks issuers for their key sets, if any has one at a URL.
+    http: Option<reqwest::Client>,
 }
 
 /// The keys of this server itself.
@@ -68,7 +74,19 @@ impl Papers {
             closed_runs: RwLock::default(),
             public_url: parse_public_url(public_url)?,
             untrusted_events_readonly: true,
+            http: None,
         })
+    }
+
+    /// Lets key sets be fetched, which they are not without this. `ca_file`: a PEM bundle of further authorities that
+    /// may vouch for an issuer's server.
+    ///
+    /// # Errors
+    /// One sentence for whoever configured it.
+    pub fn fetching_key_sets(self, ca_file: Option<&Path>) -> Result<Self, String> {
+        let wanted = self.issuers.key_sets().any(|set| set.is_fetched());
+        let http = wanted.then(|| key_sets::client(ca_file)).transpose()?;
+        Ok(Self { http, ..self })
     }
 
     /// Whether jobs that outsiders can set off only read the caches of branches. They do unless this says otherwise.
@@ -138,6 +156,37 @@ impl Papers {
             ));
         }
         Ok(principal)
+    }
+
+    /// As [`Papers::verify_token`]; a token of a key that is not known yet makes its issuer be asked for new keys.
+    ///
+    /// # Errors
+    /// The same.
+    pub async fn authenticate(&self, bearer: &str, now_ms: i64) -> error::Result<Principal> {
+        let refused = match self.verify_token(bearer, now_ms) {
+            Ok(principal) => return Ok(principal),
+            Err(refused) => refused,
+        };
+        let set = tokens::key_set_to_refresh(&self.issuers, bearer, now_ms);
+        let (Some(set), Some(http)) = (set, &self.http) else {
+            return Err(refused);
+        };
+        set.refresh(Some(http), key_sets::ON_DEMAND_EVERY_MS, now_ms).await;
+        self.verify_token(bearer, now_ms)
+    }
+
+    /// Fetches key sets, or reads them again, that nobody has looked at for a while.
+    pub async fn refresh_key_sets(&self, now_ms: i64) {
+        let refresh = |set| key_sets::KeySet::refresh(set, self.http.as_ref(), key_sets::EVERY_MS, now_ms);
+        join_all(self.issuers.key_sets().map(refresh)).await;
+    }
+
+    /// Keeps key sets fresh, for ever.
+    pub async fn refresh_key_sets_in_background(&self, clock: &Clock) {
+        loop {
+            self.refresh_key_sets(clock.now_ms()).await;
+            tokio::time::sleep(key_sets::LOOK_EVERY).await;
+        }
     }
 
     /// Writes a runtime token that [`Papers::verify_token`] accepts, of any replica with the same root secret.

@@ -5,15 +5,17 @@
 //! absent one (CVE-2026-25537); the library computes signatures only.
 
 use std::fmt;
+use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use jsonwebtoken::crypto;
+use jsonwebtoken::{Algorithm, crypto};
 use serde::de::{self, DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-use super::issuers::{Issuer, Issuers, MINTED_ISSUER};
+use super::issuers::{Issuer, Issuers, MINTED_ISSUER, VerifyingKey};
+use super::key_sets::KeySet;
 use crate::error::{Error, Result};
 use crate::model::{CacheScope, Principal, RunKey};
 
@@ -88,23 +90,12 @@ pub(super) fn verify(
     untrusted_read_only: bool,
     now_ms: i64,
 ) -> Result<Principal> {
-    let Parts {
-        mut header,
-        mut claims,
-        signed,
-        signature,
-    } = Parts::read(token)?;
-    let iss: Option<String> = claims.take("iss")?;
-    let issuer = match iss.as_deref() {
-        Some(MINTED_ISSUER) => Some(minted),
-        iss => issuers.find(iss),
-    };
-    let Some(issuer) = issuer else {
-        return refuse("no issuer is configured for the token's iss");
-    };
-    verify_signature(issuer, &mut header, signed, signature)?;
+    let parts = Parts::read(token)?;
+    let named = Named::by(issuers, Some(minted), parts.header, parts.claims)?;
+    let issuer = named.issuer;
+    verify_signature(&issuer.keys(now_ms), &named, parts.signed, parts.signature)?;
 
-    let claims = Claims::read(claims)?;
+    let claims = Claims::read(named.claims)?;
     let expires_at_ms = check_dates(&claims, issuer.max_lifetime_ms, now_ms)?;
     if issuer.audience.is_some() && claims.audience != issuer.audience {
         return refuse("the token is for another audience");
@@ -121,6 +112,15 @@ pub(super) fn verify(
         for scope in &mut cache_scopes {
             scope.write &= is_its_own(&event, &scope.scope);
         }
+    }
+
+    let allowed =
+        |ids: &Option<Vec<i64>>, id: Option<i64>| ids.as_ref().is_none_or(|ids| id.is_some_and(|id| ids.contains(&id)));
+    if !allowed(&issuer.allowed_owner_ids, claims.repository_owner_id) {
+        return refuse("the token's owner is not in its issuer's allowed_owner_ids");
+    }
+    if !allowed(&issuer.allowed_repository_ids, claims.repository_id) {
+        return refuse("the token's repository is not in its issuer's allowed_repository_ids");
     }
 
     let repository_name = claims.repository.or_else(|| issuer.repository.clone());
@@ -144,6 +144,14 @@ pub(super) fn verify(
         issued_at_ms: claims.iat_s.or(claims.nbf_s).map(|seconds| seconds * 1000),
         expires_at_ms,
     })
+}
+
+/// The key set that a refused token names and that has no such key (yet).
+pub(super) fn key_set_to_refresh<'a>(issuers: &'a Issuers, token: &str, now_ms: i64) -> Option<&'a Arc<KeySet>> {
+    let parts = Parts::read(token).ok()?;
+    let named = Named::by(issuers, None, parts.header, parts.claims).ok()?;
+    let set = named.issuer.key_set()?;
+    set.lacks(named.kid.as_deref(), now_ms).then_some(set)
 }
 
 /// A token taken apart and not believed yet.
@@ -178,20 +186,55 @@ impl<'a> Parts<'a> {
     }
 }
 
-fn verify_signature(issuer: &Issuer, header: &mut Object, signed: &str, signature: &str) -> Result<()> {
-    let alg: Option<String> = header.take("alg")?;
-    if alg.and_then(|alg| alg.parse().ok()) != Some(issuer.algorithm) {
-        return refuse("the token's alg is not its issuer's");
+/// Whose key a token claims to be signed with. Not believed yet.
+struct Named<'a> {
+    issuer: &'a Issuer,
+    algorithm: Algorithm,
+    kid: Option<String>,
+    /// Without the `iss`.
+    claims: Object,
+}
+
+impl<'a> Named<'a> {
+    fn by(issuers: &'a Issuers, minted: Option<&'a Issuer>, mut header: Object, mut claims: Object) -> Result<Self> {
+        let iss: Option<String> = claims.take("iss")?;
+        let issuer = match iss.as_deref() {
+            Some(MINTED_ISSUER) => minted,
+            iss => issuers.find(iss),
+        };
+        let Some(issuer) = issuer else {
+            return refuse("no issuer is configured for the token's iss");
+        };
+        let alg: Option<String> = header.take("alg")?;
+        let algorithm = alg.and_then(|alg| alg.parse().ok());
+        let Some(algorithm) = algorithm.filter(|algorithm| issuer.algorithms().contains(algorithm)) else {
+            return refuse("the token's alg is not its issuer's");
+        };
+        if let Some(name) = FORBIDDEN_HEADERS.into_iter().find(|name| header.0.contains_key(*name)) {
+            return refuse(format!("the token has the header {name}"));
+        }
+        Ok(Self {
+            issuer,
+            algorithm,
+            kid: header.take("kid")?,
+            claims,
+        })
     }
-    if let Some(name) = FORBIDDEN_HEADERS.into_iter().find(|name| header.0.contains_key(*name)) {
-        return refuse(format!("the token has the header {name}"));
+}
+
+fn verify_signature(keys: &[VerifyingKey], named: &Named, signed: &str, signature: &str) -> Result<()> {
+    if keys.is_empty() {
+        return refuse("the public keys of the token's issuer could not be fetched");
     }
-    let kid: Option<String> = header.take("kid")?;
-    let mut keys = issuer.keys.iter().filter(|key| key.id == kid).peekable();
+    let mut keys = keys.iter().filter(|key| key.id == named.kid).peekable();
     if keys.peek().is_none() {
         return refuse("the token's kid is not one of its issuer's");
     }
-    if !keys.any(|key| crypto::verify(signature, signed.as_bytes(), &key.key, issuer.algorithm).unwrap_or(false)) {
+    let mut keys = keys.filter(|key| key.algorithm == named.algorithm).peekable();
+    if keys.peek().is_none() {
+        return refuse("the token's alg is not its key's");
+    }
+    if !keys.any(|key| crypto::verify(signature, signed.as_bytes(), &key.key, key.algorithm).unwrap_or(false)) {
         return refuse("the token's signature is wrong");
     }
     Ok(())
@@ -208,6 +251,7 @@ struct Claims {
     event_name: Option<String>,
     repository: Option<String>,
     repository_id: Option<i64>,
+    repository_owner_id: Option<i64>,
     run_id: Option<i64>,
     run_attempt: i32,
 }
@@ -238,6 +282,7 @@ impl Claims {
             event_name: claims.take("event_name")?,
             repository,
             repository_id: id(claims.take("repository_id")?),
+            repository_owner_id: id(claims.take("repository_owner_id")?),
             run_id: id(claims.take("run_id")?),
             run_attempt,
         })

@@ -9,22 +9,23 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use futures_util::TryStreamExt;
+use jsonwebtoken::Algorithm;
 use serde_json::{Value, json};
 use wharfinger::model::{BlobId, BlobKind};
-use wharfinger::papers::Permission;
+use wharfinger::papers::{IssuerKind, IssuerSettings, Permission};
 
 use super::artifacts_v3::{V3, gzip};
 use super::cache_api::{CacheJob, VERSION};
+use super::common::issuer::{Answer, KeyPair, KeySetServer};
 use super::common::raw::{Reply, exchange, request};
 use super::common::{Backend, Job, TestServer, block_link, block_list, issuer};
 
 const TABLE: &str = include_str!("../bad-inputs.tsv");
 /// The rows that must have code here, from and to.
 const NAMED: [(&str, &str); 11] = [
-    ("B001", "B004"),
-    ("B006", "B008"),
+    ("B001", "B008"),
     ("B010", "B012"),
-    ("B015", "B019"),
+    ("B014", "B019"),
     ("B021", "B022"),
     ("B025", "B049"),
     ("B051", "B051"),
@@ -32,24 +33,26 @@ const NAMED: [(&str, &str); 11] = [
     ("B100", "B109"),
     ("B120", "B129"),
     ("B140", "B140"),
+    ("B163", "B163"),
 ];
 /// Rows for which the server has no surface yet, from and to, and what brings it.
-const NOT_YET: [(&str, &str, &str); 9] = [
-    ("B005", "B005", "comes with issuers that sign with RSA keys"),
-    ("B014", "B014", "comes with GitHub as an issuer"),
+const NOT_YET: [(&str, &str, &str); 8] = [
     ("B020", "B020", "comes with the revocation of tokens"),
     ("B024", "B024", "comes with API tokens"),
     ("B131", "B134", "comes with REST"),
     ("B141", "B148", "comes with the limits on connections and overload"),
     ("B150", "B151", "comes with token exchange"),
     ("B152", "B158", "comes with the web pages"),
-    ("B159", "B164", "comes with quotas and the limits on overload"),
+    ("B159", "B162", "comes with quotas and the limits on overload"),
+    ("B164", "B164", "comes with the limits on overload"),
 ];
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// Small, so that rows need few requests to reach them.
 const MAX_PER_JOB: usize = 20;
 const MAX_ARTIFACT_BYTES: u64 = 1024 * 1024;
 const MAX_FILES: u32 = 5;
+const GITHUB_ISS: &str = "https://token.actions.githubusercontent.com";
+const ALLOWED_OWNER_ID: i64 = 583_231;
 
 struct Row {
     id: &'static str,
@@ -89,9 +92,16 @@ fn expected<T: Copy>(row: &Row, answers: &[T], number: usize) -> T {
     }
 }
 
+/// The issuer `ghes`, and GitHub, as they sign and publish their key.
+struct PublicIssuers {
+    key: KeyPair,
+    keys: KeySetServer,
+}
+
 /// A row being played, in a workflow run of its own.
 struct Case<'a> {
     server: &'a TestServer,
+    issuers: &'a PublicIssuers,
     row: &'a Row,
     job: Job<'a>,
     sent: usize,
@@ -103,9 +113,10 @@ struct Case<'a> {
 }
 
 impl<'a> Case<'a> {
-    fn new(server: &'a TestServer, row: &'a Row) -> Self {
+    fn new(server: &'a TestServer, issuers: &'a PublicIssuers, row: &'a Row) -> Self {
         Self {
             server,
+            issuers,
             row,
             job: server.job_of("octo/demo", row.id, "build"),
             sent: 0,
@@ -451,6 +462,14 @@ rows! { case;
             case.list_as(&format!("{header}.{claims}.")).await;
         }
     }
+    "B005" => {
+        let key = &case.issuers.key;
+        let claims = case.claims(json!({ "iss": "https://ghes.example" })).to_string();
+        let header = json!({ "alg": "HS256", "kid": key.kid }).to_string();
+        for secret in [key.public_pem().as_bytes(), key.public_pem().trim().as_bytes(), &key.public_der] {
+            case.list_as(&issuer::sign(secret, &header, &claims)).await;
+        }
+    }
     "B006" => {
         let claims = case.claims(json!({})).to_string();
         for key in [&b""[..], b"\xba\xdb\xee\xf0", b"BADBEEF0"] {
@@ -490,6 +509,21 @@ rows! { case;
     "B012" => {
         for ago in [61, 59] {
             case.list_with_claims(json!({ "exp": case.now_s() - ago })).await;
+        }
+    }
+    "B014" => {
+        let key = &case.issuers.key;
+        let token = |owner: Value| {
+            let claims = json!({ "iss": GITHUB_ISS, "repository_id": "1", "repository_owner_id": owner });
+            key.sign(&key.header(), &case.claims(claims))
+        };
+        let allowed = Job {
+            token: token(json!(ALLOWED_OWNER_ID.to_string())),
+            ..case.server.job_of("octo/demo", case.row.id, "build")
+        };
+        assert_eq!(allowed.names().await, [""; 0]);
+        for token in [json!("2"), json!(2), json!(null), json!("")].map(token) {
+            case.list_as(&token).await;
         }
     }
     "B015" => {
@@ -1180,6 +1214,22 @@ rows! { case;
             assert!(link.starts_with(&format!("{}/blob/art/", case.server.url)), "{link}");
         }
     }
+    "B163" => {
+        let PublicIssuers { key, keys } = case.issuers;
+        let before = keys.requests();
+        let claims = case.claims(json!({ "iss": "https://ghes.example" }));
+        for number in 0..500 {
+            let header = json!({ "alg": key.algorithm, "kid": format!("{number}") });
+            case.list_as(&key.sign(&header, &claims)).await;
+        }
+        assert!(keys.requests() <= before + 1, "{before}, then {}", keys.requests());
+        // Nor did they lock out who has a good one.
+        let good = Job {
+            token: key.sign(&key.header(), &claims),
+            ..case.server.job_of("octo/demo", case.row.id, "build")
+        };
+        assert_eq!(good.names().await, [""; 0]);
+    }
 }
 
 /// Whether `id` lies in `from..=to`; `B033b` lies between `B033` and `B034`.
@@ -1195,8 +1245,18 @@ async fn play_all(backend: Backend) {
             "{id} has code and is not in the table"
         );
     }
+    let key = KeyPair::generate(Algorithm::RS256, "key of the issuer");
+    let keys = KeySetServer::start(Answer::Text(issuer::key_set(&[&key]))).await;
+    let issuers = PublicIssuers { key, keys };
     let server = TestServer::start_with(backend, |config| {
         issuer::add(config, "forge", Some("wharfinger"));
+        issuer::add_public(config, "ghes", &issuers.keys.url);
+        config.issuers.push(IssuerSettings {
+            iss: None,
+            jwks_url: Some(issuers.keys.url.clone()),
+            allowed_owner_ids: Some(vec![ALLOWED_OWNER_ID]),
+            ..issuer::settings("github", IssuerKind::GithubRuntime)
+        });
         config.artifacts.max_per_job = u32::try_from(MAX_PER_JOB).unwrap();
         config.artifacts.max_size_bytes = MAX_ARTIFACT_BYTES;
         config.artifacts.max_files = MAX_FILES;
@@ -1215,7 +1275,7 @@ async fn play_all(backend: Backend) {
             "{} is a new row: give it code or say why it has none",
             row.id
         );
-        let mut case = Case::new(&server, row);
+        let mut case = Case::new(&server, &issuers, row);
         Box::pin(play(row.id, &mut case)).await;
         finalized += case.finish().await;
     }

@@ -18,6 +18,7 @@ mod fsck;
 mod ghac;
 mod go_cache;
 mod growth;
+mod key_sets;
 #[cfg(feature = "failpoints")]
 mod kill_matrix;
 mod layers;
