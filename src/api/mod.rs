@@ -21,6 +21,7 @@ mod ops;
 pub mod patience;
 mod range;
 mod reply;
+mod rest;
 pub mod serve;
 mod socket;
 mod twirp;
@@ -28,7 +29,7 @@ mod twirp;
 use axum::Router;
 use axum::http::{StatusCode, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
-use axum::routing::{MethodRouter, any, get, patch, post};
+use axum::routing::{MethodRouter, any, delete, get, patch, post};
 
 pub use self::body::BodyLimit;
 pub use self::ops::Operations;
@@ -200,6 +201,61 @@ pub fn public(context: Context) -> UrlMap {
         "/api/v1/runtime-token",
         Bytes(REQUEST),
         post(credentials::mint).fallback(not_found),
+    )
+    .route(
+        ApiToken(Access::Write),
+        "/api/v1/repos/{owner}/{repo}/artifacts",
+        None,
+        delete(rest::delete_artifacts).fallback(not_found),
+    )
+    .route(
+        ApiToken(Access::Write),
+        "/api/v1/repos/{owner}/{repo}/usage",
+        None,
+        get(rest::usage).fallback(not_found),
+    )
+    // GitHub's REST API, as far as artifacts go.
+    .route(
+        ApiToken(Access::Write),
+        "/api/v3/repos/{owner}/{repo}/actions/artifacts",
+        None,
+        get(rest::artifacts).fallback(not_found),
+    )
+    .route(
+        ApiToken(Access::Write),
+        "/api/v3/repos/{owner}/{repo}/actions/artifacts/{id}",
+        None,
+        get(rest::artifact).delete(rest::delete_artifact).fallback(not_found),
+    )
+    .route(
+        ApiToken(Access::Write),
+        "/api/v3/repos/{owner}/{repo}/actions/artifacts/{id}/zip",
+        None,
+        get(rest::zip).fallback(not_found),
+    )
+    .route(
+        ApiToken(Access::Write),
+        "/api/v3/repos/{owner}/{repo}/actions/runs",
+        None,
+        get(rest::runs).fallback(not_found),
+    )
+    .route(
+        ApiToken(Access::Write),
+        "/api/v3/repos/{owner}/{repo}/actions/runs/{run_id}",
+        None,
+        get(rest::run).delete(rest::delete_run).fallback(not_found),
+    )
+    .route(
+        ApiToken(Access::Write),
+        "/api/v3/repos/{owner}/{repo}/actions/runs/{run_id}/artifacts",
+        None,
+        get(rest::run_artifacts).fallback(not_found),
+    )
+    .route(
+        ApiToken(Access::Write),
+        "/api/v3/repos/{owner}/{repo}/actions/runs/{run_id}/jobs",
+        None,
+        get(rest::jobs).fallback(not_found),
     )
     // Bytes, by signed links only.
     .route(

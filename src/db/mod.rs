@@ -13,6 +13,7 @@ mod connect;
 mod credentials;
 mod files;
 mod publishing;
+mod repositories;
 mod sqlite;
 
 pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
@@ -25,6 +26,7 @@ pub use checking::{Miscount, Overdue, SealedBlob, Standing};
 pub use connect::Settings;
 pub use files::{BrokenFile, ChunkSums, Container, Encoding, File, FileChunk, NewChunk, Staged};
 pub use publishing::Publication;
+pub use repositories::{Filter, Page, RepositoryArtifact, RepositoryRun, RunJob, Usage, View};
 pub use sqlite::{Lent, Sqlite};
 
 use std::borrow::Cow;

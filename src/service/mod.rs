@@ -12,6 +12,7 @@ pub mod downloads;
 pub mod files;
 pub mod fsck;
 pub mod memory;
+pub mod repositories;
 pub mod scrub;
 pub mod uploads;
 pub mod verification;
