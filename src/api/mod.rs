@@ -11,6 +11,7 @@ mod block_list;
 mod body;
 mod cache_v1;
 mod cache_v2;
+mod client;
 mod content_range;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;

@@ -20,6 +20,7 @@ mod growth;
 #[cfg(feature = "failpoints")]
 mod kill_matrix;
 mod layers;
+mod log;
 mod model;
 mod races;
 mod replicas;
