@@ -9,7 +9,6 @@ use axum::body::Body;
 use axum::extract::{FromRequest, Path, RawQuery, Request, State};
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_SECURITY_POLICY, CONTENT_TYPE,
-    X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -432,7 +431,6 @@ pub async fn file(
         .header(CONTENT_LENGTH, file.stored_bytes)
         .header(CACHE_CONTROL, "private, no-store")
         // Whatever a job uploaded must not run in a browser.
-        .header(X_CONTENT_TYPE_OPTIONS, "nosniff")
         .header(CONTENT_SECURITY_POLICY, "sandbox; default-src 'none'");
     if file.encoding == Encoding::Gzip {
         reply = reply.header(CONTENT_ENCODING, "gzip");

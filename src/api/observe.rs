@@ -54,6 +54,7 @@ pub async fn observe(request: Request, next: Next) -> Response {
             .get(CONTENT_LENGTH)
             .and_then(|length| length.to_str().ok()?.parse().ok()),
     };
+    reply::protect(&path, response.headers_mut());
     if let Ok(id) = HeaderValue::try_from(id.hyphenated().to_string()) {
         response.headers_mut().insert("x-ms-request-id", id);
     }

@@ -10,7 +10,18 @@ use super::common::{Backend, TestServer};
 const PUBLIC: [&str; 2] = ["/twirp/{*method}", "/twirp/"];
 
 async fn send(server: &TestServer, method: &str, path: &str, headers: &[(&str, &str)]) -> Reply {
-    exchange(&server.url, &request(method, path, headers, b"{}")).await
+    let reply = exchange(&server.url, &request(method, path, headers, b"{}")).await;
+    assert_protected(path, &reply);
+    reply
+}
+
+/// No reply may become something else in a browser, and none to a link may stay anywhere.
+fn assert_protected(path: &str, reply: &Reply) {
+    assert_eq!(reply.header("x-content-type-options"), Some("nosniff"), "{path}");
+    if path.starts_with("/blob/") {
+        assert_eq!(reply.header("cache-control"), Some("private, no-store"), "{path}");
+        assert_eq!(reply.header("referrer-policy"), Some("no-referrer"), "{path}");
+    }
 }
 
 fn url_map(server: &TestServer) -> UrlMap {
@@ -90,7 +101,9 @@ async fn every_route_refuses_a_body_that_is_too_large_or_packed() {
         let headers = [("content-type", "application/json"), ("authorization", bearer.as_str())];
         let send = async |more: (&str, &str), body: &[u8]| {
             let headers = [&headers[..], &[more]].concat();
-            exchange(&server.url, &request(method, &path, &headers, body)).await
+            let reply = exchange(&server.url, &request(method, &path, &headers, body)).await;
+            assert_protected(&path, &reply);
+            reply
         };
         // Where the clients know 400 only, it is that.
         let too_large = if path.starts_with("/_apis/") { 400 } else { 413 };
