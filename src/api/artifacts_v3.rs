@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use super::content_range::ContentRange;
 use super::item_path::{self, ItemPath};
 use super::reply::ApisError;
-use super::twirp::{self, Message, format_timestamp};
+use super::twirp::{self, format_timestamp};
 use super::{Context, body, content_range};
 use crate::db::{Container, Encoding, File};
 use crate::error::Error;
@@ -47,8 +47,7 @@ impl<T: DeserializeOwned> FromRequest<Context> for Json<T> {
     type Rejection = ApisError;
 
     async fn from_request(request: Request, context: &Context) -> Result<Self, ApisError> {
-        let Message(body) = Message::from_request(request, context).await?;
-        Ok(Self(body))
+        twirp::read_json(request, context).await.map(Self)
     }
 }
 
@@ -243,7 +242,7 @@ pub async fn put(
         Some("gzip") => Encoding::Gzip,
         Some(_) => {
             let message = "Content-Encoding may be gzip only";
-            return Err(Error::Malformed(message.to_owned()).into());
+            return Err(Error::Encoded(message.to_owned()).into());
         }
     };
     let length_bytes = match (encoding, length) {

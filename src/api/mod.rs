@@ -217,6 +217,7 @@ impl UrlMap {
     pub fn into_router(self) -> Router {
         self.router
             .fallback(not_found)
+            .layer(from_fn(body::refuse_ambiguous_length))
             .layer(from_fn(observe::observe))
             .with_state(self.context)
     }

@@ -1,6 +1,7 @@
 //! A forge beside Wharfinger: an `hs256` issuer in the configuration, and the tokens it signs.
 
 use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -33,6 +34,22 @@ pub fn add(config: &mut Config, name: &str, audience: Option<&str>) {
         max_lifetime: std::time::Duration::from_secs(24 * 3600),
         write_implies_read: false,
     });
+}
+
+/// A configuration file below `directory` with an issuer `name`, as [`add`] makes it.
+pub fn config_file(directory: &Path, name: &str) -> PathBuf {
+    let (secret_file, config) = (directory.join(format!("{name}.secret")), directory.join("issuers.toml"));
+    std::fs::write(&secret_file, secret(name)).unwrap();
+    std::fs::set_permissions(&secret_file, PermissionsExt::from_mode(0o600)).unwrap();
+    let lines = [
+        "[[issuers]]".to_owned(),
+        format!("name = \"{name}\""),
+        "kind = \"hs256\"".to_owned(),
+        format!("iss = \"https://{name}.example\""),
+        format!("secret_file = \"{}\"", secret_file.display()),
+    ];
+    std::fs::write(&config, lines.join("\n")).unwrap();
+    config
 }
 
 /// Good claims of the issuer `name` for a job.
