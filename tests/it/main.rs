@@ -27,4 +27,5 @@ mod replicas;
 mod restore;
 mod routes;
 mod seaweedfs;
+mod secrets;
 mod storage_contract;
