@@ -228,6 +228,18 @@ async fn no_secret_gets_out(backend: Backend) {
         issuer::config_file(directory.path(), "forge").display(),
     );
     canaries.add("the issuer's secret", &issuer::secret("forge"));
+    if s3.is_some() {
+        // And what is said of a database that is not there.
+        let mut nowhere = environment.clone();
+        nowhere.set("WHARFINGER_LOG__LEVEL", "trace");
+        nowhere.set(
+            "WHARFINGER_DATABASE__URL",
+            format!("postgres://postgres:{DATABASE_PASSWORD}@127.0.0.1:1/nothing"),
+        );
+        let output = nowhere.command(&["migrate"]).output().unwrap();
+        assert!(!output.status.success());
+        canaries.look("a failure to start", &String::from_utf8_lossy(&output.stderr));
+    }
     search(environment, directory.path(), &root_secret, &mut canaries).await;
     assert_eq!(canaries.found, [""; 0], "{backend:?}");
 }
