@@ -27,7 +27,7 @@ use crate::papers::Papers;
 use crate::service::{Services, Settings, fsck};
 use crate::storage::{BlockStore, Durability};
 
-pub use self::local::{papers, prepare_data_dir};
+pub use self::local::prepare_data_dir;
 
 /// A running server.
 pub struct App {
@@ -52,6 +52,7 @@ pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
     }
     let root_secret = local::root_secret(config)?;
     let papers = Papers::new(&config.issuers, &root_secret, &config.public_origin())
+        .and_then(|papers| papers.fetching_key_sets(config.ca_file.as_deref()))
         .map_err(|error| anyhow!(error))?
         .untrusted_events_readonly(config.cache.untrusted_events_readonly);
     let db = connect(config).await?;
@@ -68,7 +69,25 @@ pub async fn open(config: &Config, clock: Clock) -> anyhow::Result<Services> {
         scrub: config.scrub.clone(),
         memory: config.memory.clone(),
     };
-    Ok(Services::new(db, store, papers, clock, settings))
+    let services = Services::new(db, store, papers, clock, settings);
+    services.refresh_papers().await?;
+    Ok(services)
+}
+
+/// The issuers and keys of an installation that is there already.
+///
+/// # Errors
+/// One sentence that says what to do.
+pub async fn papers(config: &Config) -> anyhow::Result<Papers> {
+    let root_secret = local::existing_root_secret(config)?;
+    let papers = Papers::new(&config.issuers, &root_secret, &config.public_origin()).map_err(|error| anyhow!(error))?;
+    let db = connect(config).await?;
+    let keys = db.signing_keys().await?;
+    db.close().await;
+    papers
+        .use_keys(&keys, Clock::System.now_ms())
+        .map_err(|error| anyhow!(error))?;
+    Ok(papers)
 }
 
 /// Connects to the database and brings its schema up to date.
@@ -148,12 +167,18 @@ impl App {
                 .spawn(async move { api::serve::serve(listener, router, &settings, stop).await });
         }
         let (verifier, scrubber) = (services.clone(), services.clone());
+        let (papers, issuers) = (services.clone(), services.clone());
         app.background
             .spawn(allocator::give_back_in_background(services.clone()));
+        app.background
+            .spawn(async move { papers.refresh_papers_in_background().await });
         app.background
             .spawn(async move { verifier.verify_in_background().await });
         app.background
             .spawn(async move { scrubber.scrub_in_background().await });
+        app.background.spawn(async move {
+            issuers.papers.refresh_key_sets_in_background(&issuers.clock).await;
+        });
         app.background
             .spawn(async move { services.clean_in_background().await });
         app.announce(&config);

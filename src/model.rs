@@ -137,8 +137,116 @@ pub struct Principal {
     pub job_backend_id: String,
     /// The caches that this job may use, in the order in which it searches them.
     pub cache_scopes: Vec<CacheScope>,
+    /// When the token was made, as far as it says.
+    pub issued_at_ms: Option<i64>,
     /// When the token ends, in milliseconds since the epoch.
     pub expires_at_ms: i64,
+}
+
+/// One generation of the keys that sign links and minted tokens. The keys themselves are derived from the root secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SigningKey {
+    /// Stands in a link's `sk` and in a token's `kid`.
+    pub id: String,
+    pub created_at_ms: i64,
+    /// From then on it signs, until a newer one does.
+    pub signs_from_ms: i64,
+    /// From then on nothing that it signed counts.
+    pub retired_at_ms: Option<i64>,
+}
+
+impl SigningKey {
+    /// The one that every installation begins with.
+    pub fn first() -> Self {
+        Self {
+            id: "1".to_owned(),
+            created_at_ms: 0,
+            signs_from_ms: 0,
+            retired_at_ms: None,
+        }
+    }
+}
+
+/// Jobs whose runtime tokens ended before their time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClosedRun {
+    /// `None`: whoever's.
+    pub issuer: Option<String>,
+    /// The key that the tokens' runs have, `id:…` or `name:…`, or `name:` and the name that they carry beside an id.
+    pub repository: String,
+    /// The run's id in the token's scope, or its number.
+    pub run: String,
+    /// `None`: all jobs of the run.
+    pub job: Option<String>,
+    pub closed_at_ms: i64,
+    /// Tokens made later are good: those of the run's next attempt.
+    pub ends_issued_until_ms: i64,
+}
+
+/// What an API token may do, each more than the one before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Access {
+    /// List and download.
+    Read,
+    /// And delete, and close runs.
+    Write,
+    /// And mint runtime tokens.
+    Admin,
+}
+
+impl Access {
+    pub const ALL: [Self; 3] = [Self::Read, Self::Write, Self::Admin];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Admin => "admin",
+        }
+    }
+
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|access| access.as_str() == text)
+    }
+}
+
+/// The repositories that an API token is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Repositories {
+    All,
+    /// `owner/name` in lower case, or `id:<number>`.
+    Some(Vec<String>),
+}
+
+impl Repositories {
+    /// Whether a repository is one of them. `key` is that of its rows; a name does not open what is kept under a
+    /// number that is not listed, since names can be given away.
+    pub fn include(&self, key: &str) -> bool {
+        match self {
+            Self::All => true,
+            Self::Some(listed) => {
+                let name = key.strip_prefix("name:").unwrap_or(key);
+                listed.iter().any(|listed| listed == name)
+            }
+        }
+    }
+}
+
+/// An API token as it is kept: everything but the secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiToken {
+    /// The part of the token that may be shown.
+    pub id: String,
+    /// What it is for, for people.
+    pub name: String,
+    /// `None`: the repositories of every issuer.
+    pub issuer: Option<String>,
+    pub repositories: Repositories,
+    pub access: Access,
+    pub created_at_ms: i64,
+    pub expires_at_ms: i64,
+    pub last_used_at_ms: Option<i64>,
+    pub revoked_at_ms: Option<i64>,
 }
 
 /// One entry of a token's `ac` claim.

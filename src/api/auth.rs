@@ -1,7 +1,7 @@
 //! Who is calling: the guards in front of the routes, one for each kind of caller.
 //!
-//! `api/mod.rs` puts one before every route by its declaration. They verify papers and hand on what was proven;
-//! they read no database.
+//! `api/mod.rs` puts one before every route by its declaration. They verify papers and hand on what was proven. Only
+//! what an API token may do is looked up; the papers of jobs are checked without the database.
 
 use axum::extract::{Request, State};
 use axum::http::header::AUTHORIZATION;
@@ -10,16 +10,14 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::Context;
-use super::reply::{self, AzureError};
+use super::reply::{self, AzureError, GithubError};
 use crate::error::{Error, Result};
-use crate::papers::{Link, Permission};
+use crate::model::{Access, ApiToken, Principal};
+use crate::papers::{ApiTokenText, Link, Permission};
 
 /// Lets a request with a good runtime token through, with its `Principal`.
 pub async fn runtime_token(State(context): State<Context>, mut request: Request, next: Next) -> Response {
-    let services = &context.services;
-    let principal =
-        bearer(request.headers()).and_then(|token| services.papers.verify_token(token, services.clock.now_ms()));
-    match principal {
+    match principal(&context, request.headers()).await {
         Ok(principal) => {
             request.extensions_mut().insert(principal);
             next.run(request).await
@@ -28,9 +26,62 @@ pub async fn runtime_token(State(context): State<Context>, mut request: Request,
     }
 }
 
-/// The token of the one `Authorization: Bearer` header. Two headers are nobody's.
-fn bearer(headers: &HeaderMap) -> Result<&str> {
-    let missing = |reason: &str| Error::Unauthorized(reason.to_owned());
+async fn principal(context: &Context, headers: &HeaderMap) -> Result<Principal> {
+    let token = match authorization(headers)? {
+        (scheme, token) if scheme.eq_ignore_ascii_case("bearer") => token,
+        _ => return Err(missing("not a bearer token")),
+    };
+    if ApiTokenText::is_claimed_by(token) {
+        return Err(Error::Forbidden("API tokens are not for jobs".to_owned()));
+    }
+    let services = &context.services;
+    services.papers.authenticate(token, services.clock.now_ms()).await
+}
+
+/// Lets a request with a good API token through, with the [`ApiToken`]. To read takes any; everything else takes
+/// one with `access`.
+pub async fn api_token(
+    State((context, access)): State<(Context, Access)>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let reads = [Method::GET, Method::HEAD].contains(request.method());
+    let needed = if reads { Access::Read } else { access };
+    match known_token(&context, request.headers()).await {
+        Ok(token) if token.access >= needed => {
+            request.extensions_mut().insert(token);
+            next.run(request).await
+        }
+        Ok(_) => {
+            let needed = needed.as_str();
+            let why = format!("the API token has not the access that this takes: {needed}");
+            GithubError::from(Error::Forbidden(why)).into_response()
+        }
+        Err(error) => GithubError::from(error).into_response(),
+    }
+}
+
+async fn known_token(context: &Context, headers: &HeaderMap) -> Result<ApiToken> {
+    let services = &context.services;
+    let (scheme, text) = authorization(headers)?;
+    // GitHub's own tools say `token`.
+    if !["bearer", "token"]
+        .into_iter()
+        .any(|known| scheme.eq_ignore_ascii_case(known))
+    {
+        return Err(missing("neither a bearer token nor a token"));
+    }
+    if ApiTokenText::is_claimed_by(text) {
+        return services.verify_api_token(text).await;
+    }
+    services.papers.authenticate(text, services.clock.now_ms()).await?;
+    Err(Error::Forbidden(
+        "this takes an API token; a job's token does not do".to_owned(),
+    ))
+}
+
+/// Scheme and text of the one `Authorization` header. Two headers are nobody's.
+fn authorization(headers: &HeaderMap) -> Result<(&str, &str)> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
     let value = values.next().ok_or_else(|| missing("no Authorization header"))?;
     if values.next().is_some() {
@@ -41,11 +92,11 @@ fn bearer(headers: &HeaderMap) -> Result<&str> {
         .ok()
         .and_then(|value| value.split_once(' '))
         .ok_or_else(|| missing("no bearer token"))?;
-    if scheme.eq_ignore_ascii_case("bearer") {
-        Ok(token.trim())
-    } else {
-        Err(missing("not a bearer token"))
-    }
+    Ok((scheme, token.trim()))
+}
+
+fn missing(reason: &str) -> Error {
+    Error::Unauthorized(reason.to_owned())
 }
 
 /// Lets a request with a good link through, if the link allows the method, with the `Link`.

@@ -13,6 +13,7 @@ mod cache_v1;
 mod cache_v2;
 mod client;
 mod content_range;
+mod credentials;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod item_path;
@@ -34,6 +35,7 @@ pub use self::body::BodyLimit;
 pub use self::ops::Operations;
 use self::patience::Patience;
 use self::reply::{GithubError, TwirpError};
+use crate::model::Access;
 use crate::service::Services;
 
 /// Who may call a route.
@@ -41,6 +43,9 @@ use crate::service::Services;
 pub enum Caller {
     /// A job, by its runtime token: the handler is given its `Principal`.
     RuntimeToken,
+    /// People and automation, by an API token: the handler is given the `ApiToken`. Any reads; methods other than GET
+    /// and HEAD take one with this access. Which repositories it sees is for the handler to ask.
+    ApiToken(Access),
     /// Whoever holds a signed link: the handler is given the `Link`, whose permission fits the method.
     SignedLink,
     /// Anybody: the answer is the same for everybody and says nothing of what is stored.
@@ -66,13 +71,15 @@ pub struct UrlMap {
 const MESSAGE: BodyLimit = BodyLimit::Bytes(1024 * 1024);
 /// The first cache protocol's JSON.
 const CACHE_MESSAGE: usize = 64 * 1024;
+/// A few ids.
+const REQUEST: usize = 16 * 1024;
 /// 50 000 blocks in XML.
 const BLOCK_LIST: usize = 8 * 1024 * 1024;
 
 /// The public listener's URL map.
 pub fn public(context: Context) -> UrlMap {
     use BodyLimit::{Bytes, None, Streamed, StreamedPacked};
-    use Caller::{Anyone, RuntimeToken, SignedLink};
+    use Caller::{Anyone, ApiToken, RuntimeToken, SignedLink};
     UrlMap {
         context,
         router: Router::new(),
@@ -176,6 +183,25 @@ pub fn public(context: Context) -> UrlMap {
         Streamed { whole: CACHE_MESSAGE },
         patch(cache_v1::upload_chunk).post(cache_v1::commit).fallback(not_found),
     )
+    // Wharfinger's own.
+    .route(
+        RuntimeToken,
+        "/api/v1/job/close",
+        None,
+        post(credentials::close_job).fallback(not_found),
+    )
+    .route(
+        ApiToken(Access::Write),
+        "/api/v1/run/close",
+        Bytes(REQUEST),
+        post(credentials::close_run).fallback(not_found),
+    )
+    .route(
+        ApiToken(Access::Admin),
+        "/api/v1/runtime-token",
+        Bytes(REQUEST),
+        post(credentials::mint).fallback(not_found),
+    )
     // Bytes, by signed links only.
     .route(
         SignedLink,
@@ -200,6 +226,7 @@ impl UrlMap {
         let handler = handler.layer(from_fn_with_state(body, body::limit));
         let guarded = match caller {
             Caller::RuntimeToken => handler.layer(from_fn_with_state(context, auth::runtime_token)),
+            Caller::ApiToken(access) => handler.layer(from_fn_with_state((context, access), auth::api_token)),
             Caller::SignedLink => handler.layer(from_fn_with_state(context, auth::signed_link)),
             Caller::Anyone => handler,
         };

@@ -182,10 +182,43 @@ impl GithubError {
     }
 }
 
+impl From<Error> for GithubError {
+    fn from(error: Error) -> Self {
+        let status = match &error {
+            Error::NotFound(_) | Error::Gone(_) => StatusCode::NOT_FOUND,
+            Error::AlreadyExists(_) | Error::Conflict(_) => StatusCode::CONFLICT,
+            Error::Malformed(_) => StatusCode::BAD_REQUEST,
+            // GitHub's "Validation Failed".
+            Error::Invalid(_) | Error::UnknownBlock(_) | Error::ChecksumMismatch(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Error::FailedPrecondition(_) => StatusCode::PRECONDITION_FAILED,
+            Error::RangeNotSatisfiable { .. } => StatusCode::RANGE_NOT_SATISFIABLE,
+            Error::Unsupported(_) => StatusCode::NOT_IMPLEMENTED,
+            Error::Unauthorized(_) => StatusCode::UNAUTHORIZED,
+            Error::Forbidden(_) | Error::QuotaExceeded(_) => StatusCode::FORBIDDEN,
+            Error::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Error::Encoded(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Error::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Error::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        // One text for all that is not there, and for all that may not be seen.
+        let message = match error {
+            Error::NotFound(_) | Error::Gone(_) => "Not Found".to_owned(),
+            Error::Unauthorized(_) => {
+                text_for_client(error);
+                "Bad credentials".to_owned()
+            }
+            error => text_for_client(error),
+        };
+        Self::new(status, message)
+    }
+}
+
 impl IntoResponse for GithubError {
     fn into_response(self) -> Response {
         let body = json!({ "message": self.message }).to_string();
-        (self.status, [(CONTENT_TYPE, "application/json")], body).into_response()
+        let mut response = (self.status, [(CONTENT_TYPE, "application/json")], body).into_response();
+        hint(&mut response);
+        response
     }
 }
 
@@ -253,6 +286,8 @@ pub fn at(path: &str, error: Error) -> Response {
         AzureError::from(error).into_response()
     } else if path.starts_with("/_apis/") {
         ApisError::from(error).into_response()
+    } else if path.starts_with("/api/") {
+        GithubError::from(error).into_response()
     } else {
         TwirpError::from(error).into_response()
     }

@@ -1,6 +1,6 @@
 //! What lies in the data directory itself: its permissions, the root secret, and locks between processes.
 //!
-//! Called by `app`, and by `cli/` for commands that need the papers and nothing else.
+//! Called by `app`.
 
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, anyhow, bail};
 
 use crate::config::{Config, RootSecretFile};
-use crate::papers::{Papers, RootSecret};
+use crate::papers::RootSecret;
 
 /// The root secret of this installation; made at first start on the embedded default.
 pub fn root_secret(config: &Config) -> anyhow::Result<RootSecret> {
@@ -23,12 +23,12 @@ pub fn root_secret(config: &Config) -> anyhow::Result<RootSecret> {
     .map_err(|error| anyhow!(error))
 }
 
-/// The keys and issuers of an installation that is there already.
+/// The root secret of an installation that is there already.
 ///
 /// # Errors
-/// One sentence that says what to do about a secret file or an issuer. A missing embedded secret is one: made here,
-/// it would be a stranger to the server whose tokens are wanted.
-pub fn papers(config: &Config) -> anyhow::Result<Papers> {
+/// One sentence that says what to do about it. A missing embedded secret is an error: made here, it would be a stranger
+/// to the server whose tokens are wanted.
+pub fn existing_root_secret(config: &Config) -> anyhow::Result<RootSecret> {
     let file = config.root_secret_file();
     let path = file.path();
     if matches!(file, RootSecretFile::Embedded(_)) && !path.try_exists()? {
@@ -37,8 +37,7 @@ pub fn papers(config: &Config) -> anyhow::Result<Papers> {
             path.display()
         );
     }
-    let root_secret = RootSecret::load(path).map_err(|error| anyhow!(error))?;
-    Papers::new(&config.issuers, &root_secret, &config.public_origin()).map_err(|error| anyhow!(error))
+    RootSecret::load(path).map_err(|error| anyhow!(error))
 }
 
 /// Makes the data directory with mode 0700, or checks the one that is there.

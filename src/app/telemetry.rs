@@ -13,7 +13,7 @@ const DURATION_BUCKETS: [f64; 12] = [0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2
 /// How often the recorder folds what it has gathered.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-const COUNTERS: [(&str, &str); 14] = [
+const COUNTERS: [(&str, &str); 15] = [
     (
         "wharfinger_http_requests_total",
         "Requests that ended, by route and status; 499 is a client that went away",
@@ -61,9 +61,13 @@ const COUNTERS: [(&str, &str); 14] = [
         "wharfinger_cleaner_failures_total",
         "Passes of the cleaner that an error ended",
     ),
+    (
+        "wharfinger_key_set_failures_total",
+        "Times that an issuer's public keys could not be fetched or read; those from before stay for a day",
+    ),
 ];
 /// Those without labels, which can begin at 0.
-const FROM_ZERO: [&str; 9] = [
+const FROM_ZERO: [&str; 10] = [
     "wharfinger_lost_artifacts_total",
     "wharfinger_verification_failed_total",
     "wharfinger_cleaner_passes_total",
@@ -73,6 +77,7 @@ const FROM_ZERO: [&str; 9] = [
     "wharfinger_cleaner_deleted_objects_total",
     "wharfinger_cleaner_dropped_blobs_total",
     "wharfinger_cleaner_failures_total",
+    "wharfinger_key_set_failures_total",
 ];
 
 /// Installs the process's recorder; `/metrics` renders the handle.

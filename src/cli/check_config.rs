@@ -16,7 +16,9 @@ pub fn run(loaded: &Loaded) -> anyhow::Result<()> {
     let missing = matches!(&root_secret, RootSecretFile::Embedded(path) if !path.try_exists()?);
     if !missing {
         let root_secret = RootSecret::load(root_secret.path()).map_err(|error| anyhow!(error))?;
-        Papers::new(&config.issuers, &root_secret, &config.public_origin()).map_err(|error| anyhow!(error))?;
+        Papers::new(&config.issuers, &root_secret, &config.public_origin())
+            .and_then(|papers| papers.fetching_key_sets(config.ca_file.as_deref()))
+            .map_err(|error| anyhow!(error))?;
     }
     io::stdout().lock().write_all(loaded.effective_toml.as_bytes())?;
     Ok(())

@@ -6,8 +6,8 @@ use super::token::MintFlags;
 use crate::app;
 use crate::config::Config;
 
-pub fn run(config: &Config, flags: MintFlags) -> anyhow::Result<()> {
-    let papers = app::papers(config)?;
+pub async fn run(config: &Config, flags: MintFlags) -> anyhow::Result<()> {
+    let papers = app::papers(config).await?;
     let token = flags.mint(&papers)?;
     io::stdout()
         .lock()
@@ -63,6 +63,7 @@ mod tests {
             attempt: 2,
             git_ref: "refs/heads/main".to_owned(),
             default_ref: "refs/heads/main".to_owned(),
+            event: None,
             ttl: Duration::from_secs(60),
         }
     }

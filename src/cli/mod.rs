@@ -8,8 +8,11 @@ mod clean;
 mod env;
 mod fsck;
 mod health;
+mod keys;
 mod migrate;
+mod run;
 mod serve;
+mod table;
 mod token;
 
 use std::ffi::OsString;
@@ -72,11 +75,17 @@ struct SettingFlags {
 enum Command {
     /// Run the server (what happens without a command)
     Serve,
-    /// Make runtime tokens
+    /// Make tokens: runtime tokens for jobs, API tokens for people and automation
     #[command(subcommand)]
     Token(token::Command),
     /// Print the variables that let a client talk to this server, for `eval`
     Env(token::MintFlags),
+    /// Rotate the keys that sign links and minted tokens
+    #[command(subcommand)]
+    Keys(keys::Command),
+    /// Close workflow runs
+    #[command(subcommand)]
+    Run(run::Command),
     /// Check the configuration and print it, secrets hidden
     CheckConfig,
     /// Remove what is expired, abandoned or left over, once
@@ -120,8 +129,10 @@ impl Cli {
     pub async fn run(self, loaded: Loaded) -> anyhow::Result<ExitCode> {
         match self.command.unwrap_or(Command::Serve) {
             Command::Serve => serve::run(loaded.config).await?,
-            Command::Token(command) => token::run(&loaded.config, command)?,
-            Command::Env(flags) => env::run(&loaded.config, flags)?,
+            Command::Token(command) => token::run(&loaded.config, command).await?,
+            Command::Env(flags) => env::run(&loaded.config, flags).await?,
+            Command::Keys(command) => keys::run(&loaded.config, command).await?,
+            Command::Run(command) => run::run(&loaded.config, command).await?,
             Command::CheckConfig => check_config::run(&loaded)?,
             Command::Clean => clean::run(loaded.config).await?,
             Command::Fsck(flags) => return fsck::run(loaded.config, flags).await,

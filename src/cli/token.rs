@@ -1,20 +1,78 @@
-//! `wharfinger token mint`: prints a runtime token. Needs only the configuration and the root secret, so it runs beside
-//! a server.
+//! `wharfinger token`: prints runtime tokens for jobs; makes, lists and revokes API tokens for people and automation.
+//! Needs only the configuration, the root secret and the database, so it runs beside a server.
 
 use std::io::{self, Write as _};
 use std::time::Duration;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use secrecy::ExposeSecret as _;
 
+use super::table::{Table, date};
 use crate::app;
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::model::{Access, ApiToken, Repositories};
 use crate::papers::{MintRequest, Papers};
+use crate::service::credentials::{NewApiToken, key_of};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Print a token for one job of one run
+    /// Print a runtime token for one job of one run
     Mint(MintFlags),
+    /// Make an API token and print it; it is shown this once
+    Create(CreateFlags),
+    /// List the API tokens
+    List,
+    /// End an API token
+    Revoke {
+        /// As `token list` shows it
+        #[arg(value_name = "ID")]
+        id: String,
+    },
+}
+
+/// What an API token may do.
+#[derive(Args, Debug)]
+pub struct CreateFlags {
+    /// What it is for, such as "release pipeline"
+    #[arg(long, value_name = "TEXT")]
+    name: String,
+    /// owner/name, or the repository's number at the forge where its tokens carry one; may be given several times
+    #[arg(
+        long = "repository",
+        value_name = "REPOSITORY",
+        required_unless_present = "all_repositories"
+    )]
+    repositories: Vec<String>,
+    /// For every repository, those to come too
+    #[arg(long, conflicts_with = "repositories")]
+    all_repositories: bool,
+    /// Only for this issuer's repositories, as the configuration names it
+    #[arg(long, value_name = "NAME")]
+    issuer: Option<String>,
+    /// read: list and download; write: and delete, and close runs; admin: and mint runtime tokens
+    #[arg(long, value_enum, default_value_t = AccessFlag::Read)]
+    access: AccessFlag,
+    /// How long the token works
+    #[arg(long, value_name = "DURATION", default_value = "90d", value_parser = humantime::parse_duration)]
+    ttl: Duration,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum AccessFlag {
+    Read,
+    Write,
+    Admin,
+}
+
+impl From<AccessFlag> for Access {
+    fn from(flag: AccessFlag) -> Self {
+        match flag {
+            AccessFlag::Read => Self::Read,
+            AccessFlag::Write => Self::Write,
+            AccessFlag::Admin => Self::Admin,
+        }
+    }
 }
 
 /// What the token says. `env` takes the same.
@@ -41,6 +99,9 @@ pub struct MintFlags {
     /// The default branch's ref
     #[arg(long, value_name = "REF", default_value = "refs/heads/main")]
     pub default_ref: String,
+    /// What set the run off, such as pull_request_target; those that outsiders can set off only read branches' caches
+    #[arg(long, value_name = "EVENT")]
+    pub event: Option<String>,
     /// How long the token works
     #[arg(long, value_name = "DURATION", default_value = "6h", value_parser = humantime::parse_duration)]
     pub ttl: Duration,
@@ -57,16 +118,88 @@ impl MintFlags {
             attempt: self.attempt,
             git_ref: self.git_ref.clone(),
             default_ref: self.default_ref.clone(),
+            event: self.event.clone(),
             ttl: self.ttl,
         };
         Ok(papers.mint(&request, Clock::System.now_ms())?)
     }
 }
 
-pub fn run(config: &Config, Command::Mint(flags): Command) -> anyhow::Result<()> {
-    let token = flags.mint(&app::papers(config)?)?;
-    writeln!(io::stdout().lock(), "{token}")?;
+pub async fn run(config: &Config, command: Command) -> anyhow::Result<()> {
+    if let Command::Mint(flags) = command {
+        let token = flags.mint(&app::papers(config).await?)?;
+        writeln!(io::stdout().lock(), "{token}")?;
+        return Ok(());
+    }
+    let services = app::open(config, Clock::System).await?;
+    match command {
+        Command::Mint(_) => {}
+        Command::Create(flags) => {
+            let (token, text) = services.create_api_token(flags.read()?).await?;
+            tracing::info!(id = token.id, "made an API token; it is shown this once");
+            writeln!(io::stdout().lock(), "{}", text.expose_secret())?;
+        }
+        Command::List => {
+            let now_ms = services.clock.now_ms();
+            let tokens = services.api_tokens().await?;
+            write!(io::stdout().lock(), "{}", list(&tokens, now_ms))?;
+        }
+        Command::Revoke { id } => services.revoke_api_token(&id).await?,
+    }
+    services.db.close().await;
     Ok(())
+}
+
+impl CreateFlags {
+    fn read(self) -> anyhow::Result<NewApiToken> {
+        let listed = self.repositories.iter().map(|repository| {
+            let key = key_of(repository)?;
+            Ok(key.strip_prefix("name:").map_or(key.clone(), str::to_owned))
+        });
+        let listed = listed.collect::<anyhow::Result<_>>()?;
+        Ok(NewApiToken {
+            name: self.name,
+            issuer: self.issuer,
+            repositories: if self.all_repositories {
+                Repositories::All
+            } else {
+                Repositories::Some(listed)
+            },
+            access: self.access.into(),
+            lives_for: self.ttl,
+        })
+    }
+}
+
+fn list(tokens: &[ApiToken], now_ms: i64) -> String {
+    let mut table = Table::new(["ID", "NAME", "ACCESS", "REPOSITORIES", "STATE", "EXPIRES", "LAST USED"]);
+    for token in tokens {
+        let repositories = match &token.repositories {
+            Repositories::All => "all".to_owned(),
+            Repositories::Some(listed) => listed.join(","),
+        };
+        let of = token
+            .issuer
+            .as_ref()
+            .map_or(String::new(), |issuer| format!(" of {issuer}"));
+        let state = match token {
+            ApiToken {
+                revoked_at_ms: Some(_), ..
+            } => "revoked",
+            ApiToken { expires_at_ms, .. } if now_ms >= *expires_at_ms => "expired",
+            _ => "good",
+        };
+        table.row([
+            token.id.clone(),
+            token.name.clone(),
+            token.access.as_str().to_owned(),
+            repositories + &of,
+            state.to_owned(),
+            date(Some(token.expires_at_ms)),
+            date(token.last_used_at_ms),
+        ]);
+    }
+    table.to_string()
 }
 
 #[cfg(test)]
@@ -88,8 +221,8 @@ mod tests {
             .mint(papers)
     }
 
-    #[test]
-    fn a_token_from_any_process_on_the_same_data_is_accepted() {
+    #[tokio::test]
+    async fn a_token_from_any_process_on_the_same_data_is_accepted() {
         let directory = tempfile::tempdir().unwrap();
         let data_dir = directory.path().join("data").to_str().unwrap().to_owned();
         let flags = Overrides {
@@ -97,11 +230,12 @@ mod tests {
             values: vec![("data_dir", data_dir)],
         };
         let config = Config::load(&flags, []).unwrap().config;
-        let refused = app::papers(&config).unwrap_err().to_string();
+        let refused = app::papers(&config).await.unwrap_err().to_string();
         assert!(refused.contains("start the server"), "{refused}");
         app::prepare_data_dir(&config.data_dir).unwrap();
         crate::papers::RootSecret::load_or_create(config.root_secret_file().path()).unwrap();
-        let (server, command) = (app::papers(&config).unwrap(), app::papers(&config).unwrap());
+        let server = app::papers(&config).await.unwrap();
+        let command = app::papers(&config).await.unwrap();
 
         let line = "--repository octo/demo --run-id 7 --job-id build --repository-id 42 --attempt 2 --ref refs/heads/x";
         let caller = server

@@ -4,6 +4,7 @@ use super::layers::DEFAULTS;
 use std::time::Duration;
 
 use super::*;
+use crate::papers::IssuerKind;
 use crate::storage::Durability;
 
 struct Attempt {
@@ -83,11 +84,15 @@ fn the_defaults_are_complete_and_valid() {
 fn the_issuer_example_works_when_its_comments_are_taken_off() {
     let example = DEFAULTS.split_once("# [[issuers]]").unwrap().1.replace("\n# ", "\n");
     let Loaded { config, .. } = Attempt::new().file(&format!("[[issuers]]{example}")).load();
-    let [issuer] = config.issuers.as_slice() else {
-        panic!("one issuer")
+    let [gitea, ghes, forge, github] = config.issuers.as_slice() else {
+        panic!("four issuers")
     };
-    assert_eq!(issuer.iss.as_deref(), Some("https://gitea.example.com"));
-    assert_eq!(issuer.max_lifetime, Duration::from_secs(86_400));
+    assert_eq!(gitea.iss.as_deref(), Some("https://gitea.example.com"));
+    assert_eq!(gitea.max_lifetime, Duration::from_secs(86_400));
+    assert_eq!((ghes.kind, forge.kind), (IssuerKind::Jwks, IssuerKind::Jwks));
+    assert!(ghes.jwks_url.is_some() && forge.jwks_file.is_some());
+    assert_eq!(github.kind, IssuerKind::GithubRuntime);
+    assert_eq!(github.allowed_owner_ids.as_deref(), Some(&[583_231][..]));
 }
 
 #[test]

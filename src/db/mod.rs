@@ -10,6 +10,7 @@ mod caches;
 mod checking;
 mod cleaning;
 mod connect;
+mod credentials;
 mod files;
 mod publishing;
 mod sqlite;

@@ -37,6 +37,8 @@ pub struct MintRequest {
     pub git_ref: String,
     /// The default branch's ref: its cache may be read.
     pub default_ref: String,
+    /// What set the run off, such as `pull_request_target`. Decides whether it may write the caches of branches.
+    pub event: Option<String>,
     /// How long the token lives, in whole seconds, up to [`MINTED_MAX_LIFETIME`].
     pub ttl: Duration,
 }
@@ -54,6 +56,8 @@ struct Claims<'a> {
     run_attempt: i32,
     #[serde(rename = "ref")]
     git_ref: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event_name: Option<&'a str>,
     nbf: i64,
     iat: i64,
     exp: i64,
@@ -98,6 +102,7 @@ pub(super) fn mint(ring: &KeyRing, request: &MintRequest, now_ms: i64) -> Result
         run_id: run_id.parse().ok().filter(|id| *id > 0),
         run_attempt: request.attempt,
         git_ref,
+        event_name: request.event.as_deref(),
         nbf: iat - BEGINS_BEFORE_S,
         iat,
         exp: iat + ttl_s,
@@ -136,6 +141,10 @@ fn check(request: &MintRequest) -> Result<i64> {
             return invalid(format!("the {what} must be a full one such as refs/heads/main"));
         }
     }
+    let is_event = |event: &str| !event.is_empty() && event.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+    if !request.event.as_deref().is_none_or(is_event) {
+        return invalid("the event must be one of GitHub's names, such as pull_request_target".into());
+    }
     if request.ttl < Duration::from_secs(1) || request.ttl > MINTED_MAX_LIFETIME {
         let max = humantime::format_duration(MINTED_MAX_LIFETIME);
         return invalid(format!("a token lives at least a second and at most {max}"));
@@ -168,6 +177,7 @@ mod tests {
             attempt: 1,
             git_ref: "refs/heads/main".into(),
             default_ref: "refs/heads/main".into(),
+            event: None,
             ttl: Duration::from_secs(6 * 3600),
         }
     }
@@ -285,6 +295,20 @@ mod tests {
     }
 
     #[test]
+    fn an_outsiders_event_gives_no_writing_to_a_branch() {
+        let scopes = |event: &str| {
+            let request = MintRequest {
+                event: Some(event.into()),
+                ..request()
+            };
+            let token = papers().mint(&request, NOW_MS).unwrap();
+            papers().verify_token(&token, NOW_MS).unwrap().cache_scopes
+        };
+        assert!(scopes("push")[0].write);
+        assert!(!scopes("issue_comment")[0].write);
+    }
+
+    #[test]
     fn nonsense_is_explained() {
         for (request, why) in [
             (
@@ -363,6 +387,13 @@ mod tests {
                     ..request()
                 },
                 "default ref",
+            ),
+            (
+                MintRequest {
+                    event: Some("Push".into()),
+                    ..request()
+                },
+                "the event must",
             ),
             (
                 MintRequest {

@@ -35,7 +35,7 @@ const KNOWN_WEAK: [&str; 13] = [
 ];
 
 /// The secret that all replicas of an installation share and that all of its keys come from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct RootSecret {
     secret: SecretSlice<u8>,
     fingerprint: String,

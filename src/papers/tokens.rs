@@ -5,15 +5,17 @@
 //! absent one (CVE-2026-25537); the library computes signatures only.
 
 use std::fmt;
+use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use jsonwebtoken::crypto;
+use jsonwebtoken::{Algorithm, crypto};
 use serde::de::{self, DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-use super::issuers::{Issuer, Issuers};
+use super::issuers::{Issuer, Issuers, MINTED_ISSUER, VerifyingKey};
+use super::key_sets::KeySet;
 use crate::error::{Error, Result};
 use crate::model::{CacheScope, Principal, RunKey};
 
@@ -23,7 +25,7 @@ const MAX_HEADER_BYTES: usize = 8 * 1024;
 const MAX_AC_BYTES: usize = 8 * 1024;
 const MAX_CACHE_SCOPES: usize = 16;
 /// How far the clocks of issuer and server may differ.
-const LEEWAY_MS: i64 = 60_000;
+pub(super) const LEEWAY_MS: i64 = 60_000;
 /// The last second of the year 9999: dates that can be turned into milliseconds and added to.
 const MAX_DATE_S: i64 = 253_402_300_799;
 
@@ -31,10 +33,15 @@ const MAX_DATE_S: i64 = 253_402_300_799;
 const FORBIDDEN_HEADERS: [&str; 7] = ["crit", "jku", "jwk", "x5u", "x5c", "b64", "zip"];
 
 /// Whether `text` is `owner/name` in the alphabet of the forges.
-pub(super) fn is_repository(text: &str) -> bool {
+pub fn is_repository(text: &str) -> bool {
     let is_part = |part: &str| is_word(part, 100) && part != "." && part != "..";
     text.split_once('/')
         .is_some_and(|(owner, name)| is_part(owner) && is_part(name))
+}
+
+/// What rows of a repository are kept under of which only the name is known.
+pub fn repository_key(name: &str) -> String {
+    format!("name:{}", name.to_ascii_lowercase())
 }
 
 /// Whether `text` can be one of the two ids in `Actions.Results:<run>:<job>`.
@@ -73,22 +80,22 @@ fn is_its_own(event: &str, scope: &str) -> bool {
     })
 }
 
-/// The checks stand in the order in which they are made. `untrusted_read_only`: what an outsider's event sets off does
-/// not write where trusted jobs read, whatever `ac` says. A token that does not name its event is its issuer's to judge.
-pub(super) fn verify(issuers: &Issuers, token: &str, untrusted_read_only: bool, now_ms: i64) -> Result<Principal> {
-    let Parts {
-        mut header,
-        mut claims,
-        signed,
-        signature,
-    } = Parts::read(token)?;
-    let iss: Option<String> = claims.take("iss")?;
-    let Some(issuer) = issuers.find(iss.as_deref()) else {
-        return refuse("no issuer is configured for the token's iss");
-    };
-    verify_signature(issuer, &mut header, signed, signature)?;
+/// The checks stand in the order in which they are made. `minted` is this server itself as an issuer.
+/// `untrusted_read_only`: what an outsider's event sets off does not write where trusted jobs read, whatever `ac` says.
+/// A token that does not name its event is its issuer's to judge.
+pub(super) fn verify(
+    issuers: &Issuers,
+    minted: &Issuer,
+    token: &str,
+    untrusted_read_only: bool,
+    now_ms: i64,
+) -> Result<Principal> {
+    let parts = Parts::read(token)?;
+    let named = Named::by(issuers, Some(minted), parts.header, parts.claims)?;
+    let issuer = named.issuer;
+    verify_signature(&issuer.keys(now_ms), &named, parts.signed, parts.signature)?;
 
-    let claims = Claims::read(claims)?;
+    let claims = Claims::read(named.claims)?;
     let expires_at_ms = check_dates(&claims, issuer.max_lifetime_ms, now_ms)?;
     if issuer.audience.is_some() && claims.audience != issuer.audience {
         return refuse("the token is for another audience");
@@ -107,10 +114,19 @@ pub(super) fn verify(issuers: &Issuers, token: &str, untrusted_read_only: bool, 
         }
     }
 
+    let allowed =
+        |ids: &Option<Vec<i64>>, id: Option<i64>| ids.as_ref().is_none_or(|ids| id.is_some_and(|id| ids.contains(&id)));
+    if !allowed(&issuer.allowed_owner_ids, claims.repository_owner_id) {
+        return refuse("the token's owner is not in its issuer's allowed_owner_ids");
+    }
+    if !allowed(&issuer.allowed_repository_ids, claims.repository_id) {
+        return refuse("the token's repository is not in its issuer's allowed_repository_ids");
+    }
+
     let repository_name = claims.repository.or_else(|| issuer.repository.clone());
     let repository = match (claims.repository_id, &repository_name) {
         (Some(id), _) => format!("id:{id}"),
-        (None, Some(name)) => format!("name:{}", name.to_ascii_lowercase()),
+        (None, Some(name)) => repository_key(name),
         (None, None) => String::new(),
     };
     Ok(Principal {
@@ -124,8 +140,18 @@ pub(super) fn verify(issuers: &Issuers, token: &str, untrusted_read_only: bool, 
         run_attempt: claims.run_attempt,
         job_backend_id,
         cache_scopes,
+        // Both dates were found to be dates.
+        issued_at_ms: claims.iat_s.or(claims.nbf_s).map(|seconds| seconds * 1000),
         expires_at_ms,
     })
+}
+
+/// The key set that a refused token names and that has no such key (yet).
+pub(super) fn key_set_to_refresh<'a>(issuers: &'a Issuers, token: &str, now_ms: i64) -> Option<&'a Arc<KeySet>> {
+    let parts = Parts::read(token).ok()?;
+    let named = Named::by(issuers, None, parts.header, parts.claims).ok()?;
+    let set = named.issuer.key_set()?;
+    set.lacks(named.kid.as_deref(), now_ms).then_some(set)
 }
 
 /// A token taken apart and not believed yet.
@@ -160,20 +186,55 @@ impl<'a> Parts<'a> {
     }
 }
 
-fn verify_signature(issuer: &Issuer, header: &mut Object, signed: &str, signature: &str) -> Result<()> {
-    let alg: Option<String> = header.take("alg")?;
-    if alg.and_then(|alg| alg.parse().ok()) != Some(issuer.algorithm) {
-        return refuse("the token's alg is not its issuer's");
+/// Whose key a token claims to be signed with. Not believed yet.
+struct Named<'a> {
+    issuer: &'a Issuer,
+    algorithm: Algorithm,
+    kid: Option<String>,
+    /// Without the `iss`.
+    claims: Object,
+}
+
+impl<'a> Named<'a> {
+    fn by(issuers: &'a Issuers, minted: Option<&'a Issuer>, mut header: Object, mut claims: Object) -> Result<Self> {
+        let iss: Option<String> = claims.take("iss")?;
+        let issuer = match iss.as_deref() {
+            Some(MINTED_ISSUER) => minted,
+            iss => issuers.find(iss),
+        };
+        let Some(issuer) = issuer else {
+            return refuse("no issuer is configured for the token's iss");
+        };
+        let alg: Option<String> = header.take("alg")?;
+        let algorithm = alg.and_then(|alg| alg.parse().ok());
+        let Some(algorithm) = algorithm.filter(|algorithm| issuer.algorithms().contains(algorithm)) else {
+            return refuse("the token's alg is not its issuer's");
+        };
+        if let Some(name) = FORBIDDEN_HEADERS.into_iter().find(|name| header.0.contains_key(*name)) {
+            return refuse(format!("the token has the header {name}"));
+        }
+        Ok(Self {
+            issuer,
+            algorithm,
+            kid: header.take("kid")?,
+            claims,
+        })
     }
-    if let Some(name) = FORBIDDEN_HEADERS.into_iter().find(|name| header.0.contains_key(*name)) {
-        return refuse(format!("the token has the header {name}"));
+}
+
+fn verify_signature(keys: &[VerifyingKey], named: &Named, signed: &str, signature: &str) -> Result<()> {
+    if keys.is_empty() {
+        return refuse("the public keys of the token's issuer could not be fetched");
     }
-    let kid: Option<String> = header.take("kid")?;
-    let mut keys = issuer.keys.iter().filter(|key| key.id == kid).peekable();
+    let mut keys = keys.iter().filter(|key| key.id == named.kid).peekable();
     if keys.peek().is_none() {
         return refuse("the token's kid is not one of its issuer's");
     }
-    if !keys.any(|key| crypto::verify(signature, signed.as_bytes(), &key.key, issuer.algorithm).unwrap_or(false)) {
+    let mut keys = keys.filter(|key| key.algorithm == named.algorithm).peekable();
+    if keys.peek().is_none() {
+        return refuse("the token's alg is not its key's");
+    }
+    if !keys.any(|key| crypto::verify(signature, signed.as_bytes(), &key.key, key.algorithm).unwrap_or(false)) {
         return refuse("the token's signature is wrong");
     }
     Ok(())
@@ -190,6 +251,7 @@ struct Claims {
     event_name: Option<String>,
     repository: Option<String>,
     repository_id: Option<i64>,
+    repository_owner_id: Option<i64>,
     run_id: Option<i64>,
     run_attempt: i32,
 }
@@ -220,6 +282,7 @@ impl Claims {
             event_name: claims.take("event_name")?,
             repository,
             repository_id: id(claims.take("repository_id")?),
+            repository_owner_id: id(claims.take("repository_owner_id")?),
             run_id: id(claims.take("run_id")?),
             run_attempt,
         })

@@ -168,6 +168,7 @@ impl Pass<'_> {
         self.collect_garbage().await?;
         self.empty().await?;
         self.drop_dead().await?;
+        self.forget_closed_runs().await?;
         self.count();
         Ok(Some(self.report))
     }
@@ -183,6 +184,15 @@ impl Pass<'_> {
         let until_ms = now_ms + millis(parts.settings.cleaner.lease);
         let held = parts.db.take_lease(LEASE, self.holder, now_ms, until_ms).await?;
         Ok(held.then_some(now_ms))
+    }
+
+    async fn forget_closed_runs(&self) -> Result<()> {
+        let Services(parts) = self.services;
+        if let Some(now_ms) = self.hold().await? {
+            let before_ms = now_ms - parts.papers.closed_runs_count_for_ms();
+            parts.db.forget_closed_runs(before_ms).await?;
+        }
+        Ok(())
     }
 
     fn batch(&self) -> i64 {

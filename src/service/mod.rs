@@ -7,6 +7,7 @@ pub mod artifacts;
 pub mod caches;
 mod chunks;
 pub mod cleaner;
+pub mod credentials;
 pub mod downloads;
 pub mod files;
 pub mod fsck;

@@ -263,6 +263,23 @@ const artifactCases = {
     return `${all.length} identities, each sees its own`
   },
 
+  async beside(root) {
+    const meeting = process.env.WHARFINGER_TEST_MEETING ?? notApplicable('has nobody to meet')
+    // Of the same names as those of another job at the same time, and of other content.
+    const all = await Promise.all(
+      [0, 1, 2].map(async i => ({
+        name: `beside ${i}`,
+        made: await makeFiles(path.join(root, `${i}`), { 'whose.txt': process.env.ACTIONS_RUNTIME_TOKEN, noise: 9 * MiB })
+      }))
+    )
+    fs.writeFileSync(path.join(meeting, `${process.pid}`), '')
+    while (fs.readdirSync(meeting).length < 2) await new Promise(resolve => setTimeout(resolve, 5))
+    await Promise.all(all.map(async one => { one.uploaded = await upload(one.name, one.made) }))
+    await Promise.all(all.map(one => assertServes(one.name, one.uploaded, one.made)))
+    assert.equal((await client.listArtifacts()).artifacts.length, all.length, 'artifacts of another job in the list')
+    return `${all.length} artifacts, each its own`
+  },
+
   async raw(root, name) {
     if (!since(6, 2)) notApplicable('no skipArchive before 6.2')
     const tag = name.slice(-8)

@@ -320,6 +320,7 @@ async fn a_later_attempt_sees_the_earlier_one() {
                 attempt,
                 git_ref: "refs/heads/main".to_owned(),
                 default_ref: "refs/heads/main".to_owned(),
+                event: None,
                 ttl: HOUR,
             };
             let services = &server.app.services;

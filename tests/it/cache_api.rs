@@ -656,6 +656,7 @@ async fn look_ups_agree_with_a_plain_model(backend: Backend) {
                 write: true,
             })
             .collect(),
+        issued_at_ms: None,
         expires_at_ms: i64::MAX,
     };
     // Few and nasty characters, so that many keys begin alike.

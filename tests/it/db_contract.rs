@@ -205,6 +205,7 @@ fn principal(repository: &str, run: &str, job: &str, attempt: i32) -> Principal 
         run_attempt: attempt,
         job_backend_id: job.to_owned(),
         cache_scopes: Vec::new(),
+        issued_at_ms: None,
         expires_at_ms: NOW + 1_000_000,
     }
 }

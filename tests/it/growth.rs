@@ -77,6 +77,7 @@ fn reader(i: i64) -> Principal {
         run_attempt: 1,
         job_backend_id: "build".to_owned(),
         cache_scopes: Vec::new(),
+        issued_at_ms: None,
         expires_at_ms: i64::MAX,
     }
 }

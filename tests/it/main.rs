@@ -4,6 +4,7 @@
 
 mod artifacts_api;
 mod artifacts_v3;
+mod authorization;
 mod bad_inputs;
 mod bounds;
 mod cache_api;
@@ -17,6 +18,7 @@ mod fsck;
 mod ghac;
 mod go_cache;
 mod growth;
+mod key_sets;
 #[cfg(feature = "failpoints")]
 mod kill_matrix;
 mod layers;

@@ -540,6 +540,7 @@ impl World {
             run_attempt: attempt,
             job_backend_id: job.to_owned(),
             cache_scopes: Vec::new(),
+            issued_at_ms: None,
             expires_at_ms: self.model.now_ms + 3_600 * SECOND,
         }
     }

@@ -93,6 +93,7 @@ impl Replicas {
                 run_attempt: 1,
                 job_backend_id: job.to_owned(),
                 cache_scopes: Vec::new(),
+                issued_at_ms: None,
                 expires_at_ms: i64::MAX,
             },
         }

@@ -62,9 +62,11 @@ impl Canaries {
 }
 
 /// Requests that are refused, in every dialect. Returns the texts of the replies.
-async fn refused(process: &Process, token: &str, write: &str, read: &str) -> Vec<String> {
+async fn refused(process: &Process, token: &str, api_token: &str, write: &str, read: &str) -> Vec<String> {
     let bearer = format!("Bearer {token}");
     let broken = format!("{bearer}x");
+    let api = format!("Bearer {api_token}");
+    let broken_api = format!("{api}x");
     let twirp = "/twirp/github.actions.results.api.v1.ArtifactService/ListArtifacts";
     let [write, read] = [write, read].map(|link| link.strip_prefix(process.url.as_str()).unwrap());
     let json = ("Content-Type", "application/json");
@@ -81,6 +83,21 @@ async fn refused(process: &Process, token: &str, write: &str, read: &str) -> Vec
             twirp,
             vec![json, ("Authorization", &bearer), ("Content-Encoding", "gzip")],
             "{}",
+        ),
+        (403, "POST", twirp, vec![json, ("Authorization", &api)], "{}"),
+        (
+            401,
+            "POST",
+            "/api/v1/run/close",
+            vec![json, ("Authorization", &broken_api)],
+            "{}",
+        ),
+        (
+            400,
+            "POST",
+            "/api/v1/run/close",
+            vec![json, ("Authorization", &api)],
+            "{",
         ),
         (404, "POST", "/twirp/x", vec![("Authorization", &bearer)], "{}"),
         (404, "GET", "/nothing", vec![("Authorization", &bearer)], ""),
@@ -180,9 +197,20 @@ async fn search(mut environment: Environment, directory: &Path, root_secret: &Pa
     };
     canaries.add_token("the issuer's token", &other.token);
     assert_eq!(other.names().await, [""; 0]);
+    let create = [
+        "token",
+        "create",
+        "--name",
+        "canary",
+        "--all-repositories",
+        "--access",
+        "admin",
+    ];
+    let api_token = environment.output(&create).trim().to_owned();
+    canaries.add("an API token", &api_token);
     let open = job.create("open").await;
     canaries.add_link("another link to write", &open);
-    for text in refused(&process, &job.token, &open, &read).await {
+    for text in refused(&process, &job.token, &api_token, &open, &read).await {
         canaries.look("a refusal", &text);
     }
     clients(&process, &job.token);

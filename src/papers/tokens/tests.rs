@@ -101,6 +101,7 @@ fn a_token_says_who_calls() {
         run_attempt: 2,
         job_backend_id: "ca395085.1_A".into(),
         cache_scopes: vec![scope("refs/heads/main", false), scope("refs/pull/7/merge", true)],
+        issued_at_ms: Some(NOW_MS - 5_000),
         expires_at_ms: NOW_MS + 3_600_000,
     };
     assert_eq!(principal, expected);

@@ -168,6 +168,7 @@ impl TestServer {
             attempt: 1,
             git_ref: git_ref.to_owned(),
             default_ref: "refs/heads/main".to_owned(),
+            event: None,
             ttl: Duration::from_secs(6 * 3600),
         };
         let now_ms = self.clock.load(Ordering::Relaxed);
