@@ -9,7 +9,7 @@ use super::blobs::{BEGIN, BURY, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE, dige
 use super::{Db, Failure, TRIES, lost_every_race, on, transaction, unsigned};
 use crate::error::{Error, Result};
 use crate::failpoint;
-use crate::model::{ArtifactId, BlobId, BlobKind, BlobState, Principal, RunKey, Sha256};
+use crate::model::{ArtifactId, BlobId, BlobKind, BlobState, Principal, Sha256};
 
 /// What `CreateArtifact` asks for, checked.
 #[derive(Clone, Debug)]
@@ -134,24 +134,47 @@ macro_rules! over_limit {
 }
 pub(super) use over_limit;
 
+/// Id, blob, name, job, size, creation, SHA-256, and what its files have together.
+type SeenRow = (i64, Uuid, String, String, i64, i64, Option<Vec<u8>>, Option<i64>);
+
 /// No client keeps more, and an answer must have some bound.
 const LIST_LIMIT: i64 = 10_000;
 
-/// A run's list, narrowed by one more condition. A text for each condition, so that each is planned for itself; and no
-/// look from each row at all others, for which Postgres reads the whole run again.
-macro_rules! listing {
+/// What a job of a first attempt sees: the run's artifacts, narrowed by one more condition. A text for each condition, so
+/// that each is planned for itself.
+macro_rules! seen_by_first_attempt {
     ($condition:literal) => {
         concat!(
-            "SELECT a.id, a.name, a.job_backend_id, b.size_bytes, a.created_at_ms, b.sha256, c.published_bytes
+            "SELECT a.id, a.blob_id, a.name, a.job_backend_id, b.size_bytes, a.created_at_ms, b.sha256,
+                 (SELECT published_bytes FROM containers WHERE blob_id = a.container_id)
+             FROM artifacts a JOIN blobs b ON b.id = a.blob_id
+             WHERE a.issuer = $1 AND a.repository = $2 AND a.run_backend_id = $3 AND a.run_attempt <= $4
+                 AND a.state = 'finalized' AND a.expires_at_ms > $5 ",
+            $condition,
+            " ORDER BY a.created_at_ms DESC, a.id DESC LIMIT $6"
+        )
+    };
+}
+
+/// What a job of a later attempt ($4) sees, besides its own attempt's: what jobs made that were not run again since.
+/// Of two with one name the newer attempt's. $7 is the job that asks: it was run again, whatever it made until now. No
+/// look from each row at all others, for which Postgres reads the whole run again.
+macro_rules! seen_by_later_attempt {
+    ($condition:literal) => {
+        concat!(
+            "SELECT a.id, a.blob_id, a.name, a.job_backend_id, b.size_bytes, a.created_at_ms, b.sha256,
+                 (SELECT published_bytes FROM containers WHERE blob_id = a.container_id)
              FROM (
-                 SELECT id, name, job_backend_id, created_at_ms, blob_id, container_id,
-                     row_number() OVER (PARTITION BY name ORDER BY run_attempt DESC) AS age
+                 SELECT id, name, run_attempt, job_backend_id, created_at_ms, blob_id, container_id,
+                     row_number() OVER (PARTITION BY name ORDER BY run_attempt DESC) AS age,
+                     max(run_attempt) OVER (PARTITION BY job_backend_id) AS last_attempt_of_job
                  FROM artifacts
                  WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND run_attempt <= $4
-                     AND state = 'finalized' AND expires_at_ms > $5 ",
+                     AND state = 'finalized' AND expires_at_ms > $5
+             ) a JOIN blobs b ON b.id = a.blob_id
+             WHERE a.age = 1 AND a.run_attempt = CASE a.job_backend_id WHEN $7 THEN $4 ELSE a.last_attempt_of_job END ",
             $condition,
-            ") a JOIN blobs b ON b.id = a.blob_id LEFT JOIN containers c ON c.blob_id = a.container_id
-             WHERE a.age = 1 ORDER BY a.created_at_ms DESC, a.id DESC LIMIT $6"
+            " ORDER BY a.created_at_ms DESC, a.id DESC LIMIT $6"
         )
     };
 }
@@ -372,8 +395,8 @@ impl Db {
         }
     }
 
-    /// The finalized artifacts of a run that live at `now_ms`, newest first. An attempt sees its own and those of
-    /// earlier attempts; of two with one name the newer attempt's.
+    /// The finalized artifacts of a run that live at `now_ms`, newest first. An attempt sees its own, and of earlier
+    /// attempts those whose jobs were not run again; of two with one name the newer attempt's.
     pub async fn list_artifacts(
         &self,
         principal: &Principal,
@@ -381,46 +404,22 @@ impl Db {
         id: Option<ArtifactId>,
         now_ms: i64,
     ) -> Result<Vec<ListedArtifact>> {
-        type Row = (i64, String, String, i64, i64, Option<Vec<u8>>, Option<i64>);
-        let RunKey {
-            issuer,
-            repository,
-            run_backend_id,
-        } = &principal.run;
-        let query = match (name, id) {
-            (Some(_), _) => listing!("AND name = $7"),
-            (None, Some(_)) => listing!("AND name = (SELECT name FROM artifacts WHERE id = $7)"),
-            (None, None) => listing!(""),
-        };
-        let rows: Vec<Row> = on!(self, readers, |conn| {
-            let query = sqlx::query_as(query)
-                .bind(issuer)
-                .bind(repository)
-                .bind(run_backend_id)
-                .bind(principal.run_attempt)
-                .bind(now_ms)
-                .bind(LIST_LIMIT);
-            let query = match (name, id) {
-                (Some(name), _) => query.bind(name),
-                (None, Some(id)) => query.bind(id.0),
-                (None, None) => query,
-            };
-            query.fetch_all(conn).await?
-        });
-        rows.into_iter()
-            // A name has one row at most.
-            .filter(|row| id.is_none_or(|id| row.0 == id.0))
-            .map(|(id, name, job_backend_id, size, created_at_ms, sha256, files_bytes)| {
-                Ok(ListedArtifact {
-                    id: ArtifactId(id),
-                    name,
-                    job_backend_id,
-                    size_bytes: unsigned(size)?,
-                    created_at_ms,
-                    sha256: digest(sha256)?,
-                    files_bytes: files_bytes.map(unsigned).transpose()?,
-                })
-            })
+        let rows = self.seen(principal, name, id, LIST_LIMIT, now_ms).await?;
+        let listed = rows.into_iter().filter(|row| id.is_none_or(|id| row.0 == id.0));
+        listed
+            .map(
+                |(id, _, name, job_backend_id, size, created_at_ms, sha256, files_bytes)| {
+                    Ok(ListedArtifact {
+                        id: ArtifactId(id),
+                        name,
+                        job_backend_id,
+                        size_bytes: unsigned(size)?,
+                        created_at_ms,
+                        sha256: digest(sha256)?,
+                        files_bytes: files_bytes.map(unsigned).transpose()?,
+                    })
+                },
+            )
             .collect()
     }
 
@@ -431,27 +430,50 @@ impl Db {
         name: &str,
         now_ms: i64,
     ) -> Result<Option<NewestArtifact>> {
-        let run = &principal.run;
-        let row: Option<(i64, Uuid)> = on!(self, readers, |conn| {
-            sqlx::query_as(
-                "SELECT id, blob_id FROM artifacts
-                 WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND name = $4 AND run_attempt <= $5
-                     AND state = 'finalized' AND expires_at_ms > $6
-                 ORDER BY run_attempt DESC LIMIT 1",
-            )
-            .bind(&run.issuer)
-            .bind(&run.repository)
-            .bind(&run.run_backend_id)
-            .bind(name)
-            .bind(principal.run_attempt)
-            .bind(now_ms)
-            .fetch_optional(conn)
-            .await?
-        });
-        Ok(row.map(|(id, blob)| NewestArtifact {
-            id: ArtifactId(id),
-            blob: BlobId(blob),
+        let rows = self.seen(principal, Some(name), None, 1, now_ms).await?;
+        Ok(rows.first().map(|row| NewestArtifact {
+            id: ArtifactId(row.0),
+            blob: BlobId(row.1),
         }))
+    }
+
+    async fn seen(
+        &self,
+        principal: &Principal,
+        name: Option<&str>,
+        id: Option<ArtifactId>,
+        limit: i64,
+        now_ms: i64,
+    ) -> Result<Vec<SeenRow>> {
+        let is_first = principal.run_attempt == 1;
+        let query = match (name, id, is_first) {
+            (Some(_), _, true) => seen_by_first_attempt!("AND a.name = $7"),
+            (None, Some(_), true) => seen_by_first_attempt!("AND a.id = $7"),
+            (None, None, true) => seen_by_first_attempt!(""),
+            (Some(_), _, false) => seen_by_later_attempt!("AND a.name = $8"),
+            (None, Some(_), false) => seen_by_later_attempt!("AND a.id = $8"),
+            (None, None, false) => seen_by_later_attempt!(""),
+        };
+        let run = &principal.run;
+        let rows = on!(self, readers, |conn| {
+            let mut query = sqlx::query_as(query)
+                .bind(&run.issuer)
+                .bind(&run.repository)
+                .bind(&run.run_backend_id)
+                .bind(principal.run_attempt)
+                .bind(now_ms)
+                .bind(limit);
+            if !is_first {
+                query = query.bind(&principal.job_backend_id);
+            }
+            let query = match (name, id) {
+                (Some(name), _) => query.bind(name),
+                (None, Some(id)) => query.bind(id.0),
+                (None, None) => query,
+            };
+            query.fetch_all(conn).await?
+        });
+        Ok(rows)
     }
 
     /// Takes an artifact out of everybody's sight and ends its links. `false` if it was gone already.

@@ -263,6 +263,43 @@ const artifactCases = {
     return `${all.length} identities, each sees its own`
   },
 
+  async attempts(root) {
+    const tokens = JSON.parse(process.env.WHARFINGER_TEST_ATTEMPT_TOKENS ?? notApplicable('has no tokens of two attempts'))
+    const own = process.env.ACTIONS_RUNTIME_TOKEN
+    const as = async (who, act) => {
+      process.env.ACTIONS_RUNTIME_TOKEN = tokens[who]
+      try {
+        return await act()
+      } finally {
+        process.env.ACTIONS_RUNTIME_TOKEN = own
+      }
+    }
+    const save = async (who, name) => {
+      const made = await makeFiles(path.join(root, who, name), { 'who.txt': `${name} of ${who}` })
+      return as(who, async () => ({ name, made, uploaded: await upload(name, made) }))
+    }
+    const sees = (who, ...all) =>
+      as(who, async () => {
+        const names = (await client.listArtifacts()).artifacts.map(artifact => artifact.name).sort()
+        assert.deepEqual(names, all.map(one => one.name).sort(), `what ${who} sees`)
+        for (const one of all) await assertServes(one.name, one.uploaded, one.made, { once: true })
+      })
+    const image = await save('build1', 'image')
+    const log = await save('build1', 'log')
+    const report = await save('test1', 'report')
+    await sees('use2', image, log, report)
+    // `build` is run again, and has the name of before for itself.
+    await sees('build2', report)
+    const again = await save('build2', 'image')
+    assert(again.uploaded.id > image.uploaded.id)
+    await sees('use2', again, report)
+    await sees('build2', again, report)
+    await as('build2', () => assertConflict('image', again.made))
+    // Nothing was overwritten.
+    await sees('test1', image, log, report)
+    return 'a job that is run again takes its names again; what was not run again stays'
+  },
+
   async beside(root) {
     const meeting = process.env.WHARFINGER_TEST_MEETING ?? notApplicable('has nobody to meet')
     // Of the same names as those of another job at the same time, and of other content.

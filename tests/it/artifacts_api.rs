@@ -309,14 +309,14 @@ async fn the_list_is_the_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_later_attempt_sees_the_earlier_one() {
+async fn a_later_attempt_sees_what_was_not_run_again() {
     on_both(async |server| {
-        let attempt = |attempt| {
+        let job = |name: &str, attempt| {
             let request = MintRequest {
                 repository: "octo/demo".to_owned(),
                 repository_id: None,
                 run_id: "1".to_owned(),
-                job_id: "build".to_owned(),
+                job_id: name.to_owned(),
                 attempt,
                 git_ref: "refs/heads/main".to_owned(),
                 default_ref: "refs/heads/main".to_owned(),
@@ -326,25 +326,37 @@ async fn a_later_attempt_sees_the_earlier_one() {
             let services = &server.app.services;
             Job {
                 token: services.papers.mint(&request, services.clock.now_ms()).unwrap(),
-                ..server.job()
+                ..server.job_of("octo/demo", "1", name)
             }
         };
-        let (first, second) = (attempt(1), attempt(2));
-        first.upload("both", b"1").await;
-        first.upload("only first", b"1").await;
-        assert_eq!(second.names().await, ["only first", "both"]);
-        assert_eq!(second.download("both").await, b"1");
+        let (build, test) = (job("build", 1), job("test", 1));
+        build.upload("image", b"1").await;
+        build.upload("log", b"1").await;
+        test.upload("report", b"1").await;
+        let (rebuild, reader) = (job("build", 2), job("use", 2));
+        // Who is run again begins anew; the others see what there is until it makes something.
+        assert_eq!(rebuild.names().await, ["report"]);
+        assert_eq!(reader.names().await, ["report", "log", "image"]);
+        assert_eq!(reader.download("image").await, b"1");
         // A name of an earlier attempt is free in a later one, which then sees its own.
-        second.upload("both", b"2").await;
-        second.upload("only second", b"2").await;
-        assert_eq!(second.names().await, ["only second", "both", "only first"]);
-        assert_eq!(second.download("both").await, b"2");
-        assert_eq!(first.names().await, ["only first", "both"]);
-        assert_eq!(first.download("both").await, b"1");
-        let (status, _) = first
-            .call("GetSignedArtifactURL", json!({ "name": "only second" }))
-            .await;
-        assert_eq!(status, 404);
+        rebuild.upload("image", b"2").await;
+        for later in [&rebuild, &reader, &job("use", 3)] {
+            assert_eq!(later.names().await, ["image", "report"]);
+            assert_eq!(later.download("image").await, b"2");
+            assert_eq!(later.download("report").await, b"1");
+            let (status, _) = later.call("GetSignedArtifactURL", json!({ "name": "log" })).await;
+            assert_eq!(status, 404);
+        }
+        // Another job may take it as well.
+        let other = job("other", 3);
+        other.upload("image", b"3").await;
+        assert_eq!(job("use", 3).download("image").await, b"3");
+        // Nothing was overwritten, and what comes later is not seen.
+        for earlier in [&build, &test] {
+            assert_eq!(earlier.names().await, ["report", "log", "image"]);
+            assert_eq!(earlier.download("image").await, b"1");
+        }
+        assert_eq!(reader.download("image").await, b"2");
     })
     .await;
 }

@@ -11,7 +11,7 @@ use futures_util::FutureExt;
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use wharfinger::api::{self, Caller, Context};
-use wharfinger::model::{Access, BlobKind, Repositories};
+use wharfinger::model::{Access, BlobId, BlobKind, Repositories};
 use wharfinger::papers::{MintRequest, Permission};
 use wharfinger::service::credentials::NewApiToken;
 
@@ -400,10 +400,7 @@ impl World {
         // What is no JSON object is bytes of a file.
         let body = match &sample.body {
             Value::String(bytes) => {
-                headers = headers
-                    .into_iter()
-                    .filter(|(name, _)| *name != "content-type")
-                    .collect();
+                headers.retain(|(name, _)| *name != "content-type");
                 headers.push(("content-type", "application/octet-stream"));
                 headers.push(match sample.method {
                     "PUT" => ("content-range", "bytes 0-4/5"),
@@ -514,4 +511,124 @@ async fn every_caller_on_every_route_on_sqlite_and_disk() {
 #[tokio::test]
 async fn every_caller_on_every_route_on_postgres_and_s3() {
     matrix(Backend::PostgresS3).boxed().await;
+}
+
+/// Every kind of caller, and every kind of link, at one blob that is there.
+async fn links(backend: Backend) {
+    let world = World::new(backend).await;
+    let services = &world.server.app.services;
+    let now_s = services.clock.now_ms() / 1000;
+    let blob = BlobId(world.blobs[0].parse().unwrap());
+    let doomed = BlobId(world.blobs[1].parse().unwrap());
+    let path_of = |link: String| link.strip_prefix(&world.server.url).unwrap().to_owned();
+    let sign = |kind, permission, blob, until_s| path_of(services.papers.sign_link(kind, permission, blob, until_s));
+    let art = BlobKind::Artifact;
+    let read = sign(art, Permission::Read, blob, now_s + 600);
+    let write = sign(art, Permission::Write, blob, now_s + 600);
+    let bare = read.split('?').next().unwrap().to_owned();
+    let get = async |path: &str, authorization: Option<&str>| {
+        let headers: Vec<_> = authorization
+            .map(|value| ("authorization", value))
+            .into_iter()
+            .collect();
+        exchange(&world.server.url, &request("GET", path, &headers, b"")).await
+    };
+    assert_eq!(get(&read, None).await.body, b"there");
+
+    // No token is worth a link, and none makes a link better or worse.
+    for (caller, authorization) in &world.callers {
+        let reply = get(&bare, authorization.as_deref()).await;
+        assert_eq!(reply.status, 403, "{caller}: {reply:?}");
+        assert_eq!(
+            reply.header("x-ms-error-code"),
+            Some("AuthenticationFailed"),
+            "{caller}"
+        );
+        assert_eq!(get(&read, authorization.as_deref()).await.status, 200, "{caller}");
+    }
+    let other = sign(art, Permission::Read, BlobId::fresh(), now_s + 600);
+    let signature = |link: &str| link.split("sig=").nth(1).unwrap().to_owned();
+    for (what, path, status) in [
+        ("expired", sign(art, Permission::Read, blob, now_s), 403),
+        ("to write", write.clone(), 403),
+        ("of nothing", other.clone(), 404),
+        (
+            "with another's signature",
+            read.replace(&signature(&read), &signature(&other)),
+            403,
+        ),
+        ("of another kind", read.replace("/art/", "/cache/"), 403),
+        (
+            "for longer",
+            read.replace(&format!("se={}", now_s + 600), &format!("se={}", now_s + 601)),
+            403,
+        ),
+        ("of another key", read.replace("sk=2", "sk=1"), 403),
+        ("of no key", read.replace("sk=2", "sk=3"), 403),
+    ] {
+        let reply = get(&path, None).await;
+        assert_eq!(reply.status, status, "a link {what}: {reply:?}");
+    }
+    let put = |path: &str| request("PUT", path, &[("x-ms-blob-type", "BlockBlob")], b"theirs");
+    let reply = exchange(&world.server.url, &put(&read)).await;
+    assert_eq!(
+        reply.header("x-ms-error-code"),
+        Some("AuthorizationPermissionMismatch"),
+        "{reply:?}"
+    );
+    // What is finalized is final, and what is deleted is gone, whatever is signed.
+    assert_eq!(exchange(&world.server.url, &put(&write)).await.status, 409);
+    let to_doomed = sign(art, Permission::Read, doomed, now_s + 600);
+    assert_eq!(get(&to_doomed, None).await.status, 200);
+    let delete = runtime_samples()
+        .into_iter()
+        .find(|sample| sample.body["name"] == "doomed")
+        .unwrap();
+    world.check(&delete, "own", 200).await;
+    assert_eq!(get(&to_doomed, None).await.status, 404);
+    assert_eq!(get(&read, None).await.body, b"there");
+    world.server.stop().await;
+}
+
+#[tokio::test]
+async fn every_link_at_a_blob_on_sqlite_and_disk() {
+    links(Backend::SqliteDisk).boxed().await;
+}
+
+#[tokio::test]
+async fn every_link_at_a_blob_on_postgres_and_s3() {
+    links(Backend::PostgresS3).boxed().await;
+}
+
+/// A run that is not the token's is refused before anything is looked at: what exists, what is a good name, and whether
+/// there is a database at all.
+#[tokio::test]
+async fn a_run_that_does_not_match_is_refused_first() {
+    let world = World::new(Backend::SqliteDisk).await;
+    let refusals = async || {
+        let mut bodies = std::collections::BTreeSet::new();
+        for known in runtime_samples() {
+            // Whose a container is stands in the database.
+            if known.other_run != 403 || known.target.contains("{container}") {
+                continue;
+            }
+            for name in ["harbour", "missing", "../x", ""] {
+                let mut sample = sample(known.pattern, known.method, known.target, known.body.clone(), [0; 3]);
+                for field in ["name", "Name"] {
+                    if sample.body.get(field).is_some() {
+                        sample.body[field] = json!(name);
+                    }
+                }
+                let reply = world.send(&sample, "other run", "octo/demo").await;
+                assert_eq!(reply.status, 403, "{} {name:?}: {reply:?}", sample.target);
+                bodies.insert((sample.pattern.starts_with("/twirp/"), reply.text()));
+            }
+        }
+        bodies
+    };
+    let bodies = refusals().await;
+    assert_eq!(bodies.len(), 2, "one text in each dialect: {bodies:?}");
+    world.server.app.services.db.close().await;
+    assert_eq!(refusals().await, bodies);
+    world.server.stop().await;
 }

@@ -26,7 +26,7 @@ const CLIENTS: [&str; 7] = [
     "artifact-6.2.1",
     "storage-blob",
 ];
-const CASES: [&str; 13] = [
+const CASES: [&str; 14] = [
     "small",
     "tree",
     "empty",
@@ -37,6 +37,7 @@ const CASES: [&str; 13] = [
     "twenty",
     "killed",
     "isolation",
+    "attempts",
     "raw",
     "blocks",
     "putblob",
@@ -121,10 +122,12 @@ async fn run_all(backend: Backend) -> Vec<Outcome> {
             scope.spawn(|| {
                 // Taken from the end: the one with the most work first.
                 while let Some(client) = { queue.lock().unwrap().pop() } {
+                    let mut variables = variables.clone();
+                    variables.push(("WHARFINGER_TEST_ATTEMPT_TOKENS", attempt_tokens(&server, client)));
                     let runner = Runner {
                         url: server.url.clone(),
                         token: server.token("octo/demo", "1", "build"),
-                        variables: variables.clone(),
+                        variables,
                     };
                     outcomes.lock().unwrap().extend(run_client(&runner, client, "all"));
                 }
@@ -141,6 +144,18 @@ fn other_identities(server: &Process) -> String {
         server.token("octo/other", "1", "build"),
         forge_token(READ | WRITE)
     )
+}
+
+/// Jobs of two attempts of a run of the client's own: by what `client.mjs` calls them.
+fn attempt_tokens(server: &Process, client: &str) -> String {
+    let of = |job: &str, attempt| server.token_of_attempt("octo/demo", &format!("attempts-{client}"), job, attempt);
+    json!({
+        "build1": of("build", 1),
+        "test1": of("test", 1),
+        "build2": of("build", 2),
+        "use2": of("use", 2),
+    })
+    .to_string()
 }
 
 /// Jobs of one repository that build different refs, and their likes elsewhere: by what `cache.mjs` calls them.

@@ -1085,20 +1085,26 @@ async fn windows_of_content(place: Place) {
 }
 
 async fn lists_and_attempts(place: Place) {
+    let of_test = |attempt| principal("name:octo/demo", "1", "test", attempt);
     let (first, second) = (attempt(1), attempt(2));
     let (a1, blob_a1, _) = place.upload(&first, "a", NOW).await;
-    let (b1, ..) = place.upload(&first, "b", NOW).await;
+    let (b1, ..) = place.upload(&of_test(1), "b", NOW).await;
+    // Of a job that is run again.
+    let (c1, ..) = place.upload(&first, "c", NOW + 1).await;
     place.begin(&first, "pending", NOW).await;
     let (a2, blob_a2, _) = place.upload(&second, "a", NOW - 1).await;
-    assert!(a1 < b1 && b1 < a2, "ids grow");
+    assert!(a1 < b1 && b1 < c1 && c1 < a2, "ids grow");
     let list = async |job: &Principal, name: Option<&str>, id: Option<ArtifactId>, now_ms: i64| {
         let listed = place.db.list_artifacts(job, name, id, now_ms).await.unwrap();
         listed.into_iter().map(|artifact| artifact.id).collect::<Vec<_>>()
     };
     // Newest first, by creation; an attempt sees what came before it, and of one name the newest.
     assert_eq!(list(&second, None, None, NOW).await, [b1, a2]);
-    assert_eq!(list(&first, None, None, NOW).await, [b1, a1]);
-    assert_eq!(list(&attempt(3), None, None, NOW).await, [b1, a2]);
+    assert_eq!(list(&second, Some("c"), None, NOW).await, []);
+    assert_eq!(list(&second, None, Some(c1), NOW).await, []);
+    assert_eq!(list(&first, None, None, NOW).await, [c1, b1, a1]);
+    assert_eq!(list(&of_test(2), None, None, NOW).await, [a2], "it is run again itself");
+    assert_eq!(list(&attempt(3), None, None, NOW).await, [b1]);
     assert_eq!(list(&second, Some("a"), None, NOW).await, [a2]);
     assert_eq!(list(&second, Some("A"), None, NOW).await, []);
     assert_eq!(list(&second, None, Some(b1), NOW).await, [b1]);
@@ -1109,8 +1115,9 @@ async fn lists_and_attempts(place: Place) {
     assert_eq!(newest(&second, NOW).await, of(a2, blob_a2));
     assert_eq!(newest(&first, NOW).await, of(a1, blob_a1));
     // Whatever job asks; and what shadows another ends a moment earlier here.
-    let other_job = principal("name:octo/demo", "1", "test", 2);
-    assert_eq!(list(&other_job, None, None, NOW + LIFE - 1).await, [b1, a1]);
+    let other_job = principal("name:octo/demo", "1", "use", 2);
+    assert_eq!(list(&other_job, None, None, NOW).await, [b1, a2]);
+    assert_eq!(list(&other_job, None, None, NOW + LIFE - 1).await, [c1, b1, a1]);
     assert_eq!(newest(&other_job, NOW + LIFE - 1).await, of(a1, blob_a1));
     let listed = place.db.list_artifacts(&first, Some("a"), None, NOW).await.unwrap();
     assert_eq!(

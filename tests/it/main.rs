@@ -12,6 +12,7 @@ mod cli;
 mod clients;
 mod common;
 mod crash;
+mod credentials;
 mod db_contract;
 mod faults;
 mod fsck;

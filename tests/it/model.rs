@@ -366,16 +366,22 @@ impl Model {
         Ok(artifact.blob)
     }
 
-    /// What a job sees: of each name the artifact of the newest attempt up to its own.
+    /// What a job sees: of each name the artifact of the newest attempt up to its own, unless its job was run again.
     fn visible(&self, job: usize) -> BTreeMap<usize, Artifact> {
-        let Job(repository, _, attempt) = JOBS[job];
-        let mut visible = BTreeMap::new();
+        let Job(repository, own_name, attempt) = JOBS[job];
+        let (mut newest, mut last_attempts) = (BTreeMap::new(), BTreeMap::from([(own_name, attempt)]));
         for (key, artifact) in &self.artifacts {
             if key.0 == repository && key.2 <= attempt && artifact.finalized && artifact.expires_ms > self.now_ms {
-                visible.insert(key.1, *artifact);
+                newest.insert(key.1, (key.2, *artifact));
+                let last = last_attempts.entry(JOBS[artifact.job].1).or_insert(key.2);
+                *last = key.2.max(*last);
             }
         }
-        visible
+        newest.retain(|_, (attempt, artifact)| *attempt == last_attempts[JOBS[artifact.job].1]);
+        newest
+            .into_iter()
+            .map(|(name, (_, artifact))| (name, artifact))
+            .collect()
     }
 
     fn delete(&mut self, job: usize, name: usize) -> std::result::Result<usize, Refused> {

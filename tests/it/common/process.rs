@@ -211,18 +211,17 @@ impl Process {
 
     /// As [`Process::token`], for a run that builds another ref than the default branch's.
     pub fn token_of_ref(&self, repository: &str, run: &str, job: &str, git_ref: &str) -> String {
-        let arguments = [
-            "token",
-            "mint",
-            "--repository",
-            repository,
-            "--run-id",
-            run,
-            "--job-id",
-            job,
-            "--ref",
-            git_ref,
-        ];
+        self.mint(repository, run, job, ["--ref", git_ref])
+    }
+
+    /// As [`Process::token`], for a later attempt of the run.
+    pub fn token_of_attempt(&self, repository: &str, run: &str, job: &str, attempt: u32) -> String {
+        self.mint(repository, run, job, ["--attempt", &attempt.to_string()])
+    }
+
+    fn mint(&self, repository: &str, run: &str, job: &str, more: [&str; 2]) -> String {
+        let ids = ["--repository", repository, "--run-id", run, "--job-id", job];
+        let arguments = [&["token", "mint"][..], &ids, &more].concat();
         self.environment.output(&arguments).trim().to_owned()
     }
 
