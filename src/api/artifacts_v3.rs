@@ -9,7 +9,6 @@ use axum::body::Body;
 use axum::extract::{FromRequest, Path, RawQuery, Request, State};
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_SECURITY_POLICY, CONTENT_TYPE,
-    X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -25,7 +24,7 @@ use serde_json::{Value, json};
 use super::content_range::ContentRange;
 use super::item_path::{self, ItemPath};
 use super::reply::ApisError;
-use super::twirp::{self, Message, format_timestamp};
+use super::twirp::{self, format_timestamp};
 use super::{Context, body, content_range};
 use crate::db::{Container, Encoding, File};
 use crate::error::Error;
@@ -48,8 +47,7 @@ impl<T: DeserializeOwned> FromRequest<Context> for Json<T> {
     type Rejection = ApisError;
 
     async fn from_request(request: Request, context: &Context) -> Result<Self, ApisError> {
-        let Message(body) = Message::from_request(request, context).await?;
-        Ok(Self(body))
+        twirp::read_json(request, context).await.map(Self)
     }
 }
 
@@ -244,7 +242,7 @@ pub async fn put(
         Some("gzip") => Encoding::Gzip,
         Some(_) => {
             let message = "Content-Encoding may be gzip only";
-            return Err(Error::Malformed(message.to_owned()).into());
+            return Err(Error::Encoded(message.to_owned()).into());
         }
     };
     let length_bytes = match (encoding, length) {
@@ -432,7 +430,6 @@ pub async fn file(
         .header(CONTENT_LENGTH, file.stored_bytes)
         .header(CACHE_CONTROL, "private, no-store")
         // Whatever a job uploaded must not run in a browser.
-        .header(X_CONTENT_TYPE_OPTIONS, "nosniff")
         .header(CONTENT_SECURITY_POLICY, "sandbox; default-src 'none'");
     if file.encoding == Encoding::Gzip {
         reply = reply.header(CONTENT_ENCODING, "gzip");

@@ -10,9 +10,8 @@ use axum::Extension;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::{
-    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_SECURITY_POLICY,
-    CONTENT_TYPE, ETAG, IF_MATCH, IF_NONE_MATCH, IF_RANGE, LAST_MODIFIED, RANGE, REFERRER_POLICY,
-    X_CONTENT_TYPE_OPTIONS,
+    ACCEPT_RANGES, CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG,
+    IF_MATCH, IF_NONE_MATCH, IF_RANGE, LAST_MODIFIED, RANGE,
 };
 use axum::http::request::Parts;
 use axum::http::response::Builder;
@@ -226,11 +225,7 @@ fn created(blob: BlobId, changed_at_ms: Option<i64>) -> Response {
 
 /// What every reply of this endpoint carries.
 fn reply(status: StatusCode) -> Builder {
-    Response::builder()
-        .status(status)
-        .header("x-ms-version", API_VERSION)
-        .header(CACHE_CONTROL, "private, no-store")
-        .header(REFERRER_POLICY, "no-referrer")
+    Response::builder().status(status).header("x-ms-version", API_VERSION)
 }
 
 fn finish(reply: Builder, body: Body) -> Response {
@@ -294,7 +289,6 @@ async fn get(context: &Context, link: &Link, head: &Parts) -> Reply {
     .header(ACCEPT_RANGES, "bytes")
     .header("x-ms-blob-type", "BlockBlob")
     // Whatever a job uploaded must not run in the browser of whoever opens the link.
-    .header(X_CONTENT_TYPE_OPTIONS, "nosniff")
     .header(CONTENT_SECURITY_POLICY, "sandbox; default-src 'none'");
     if part.is_some() {
         let range = format!("bytes {}-{}/{}", window.start, window.end - 1, blob.size_bytes);

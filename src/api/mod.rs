@@ -11,6 +11,7 @@ mod block_list;
 mod body;
 mod cache_v1;
 mod cache_v2;
+mod client;
 mod content_range;
 mod credentials;
 #[cfg(feature = "fuzzing")]
@@ -299,6 +300,7 @@ impl UrlMap {
     pub fn into_router(self) -> Router {
         self.router
             .fallback(not_found)
+            .layer(from_fn(body::refuse_ambiguous_length))
             .layer(from_fn(observe::observe))
             .with_state(self.context)
     }

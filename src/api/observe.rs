@@ -21,6 +21,7 @@ use http_body::{Frame, SizeHint};
 use tracing::Instrument as _;
 use uuid::Uuid;
 
+use super::client::Client;
 use super::reply;
 use crate::error::Error;
 
@@ -53,6 +54,7 @@ pub async fn observe(request: Request, next: Next) -> Response {
             .get(CONTENT_LENGTH)
             .and_then(|length| length.to_str().ok()?.parse().ok()),
     };
+    reply::protect(&path, response.headers_mut());
     if let Ok(id) = HeaderValue::try_from(id.hyphenated().to_string()) {
         response.headers_mut().insert("x-ms-request-id", id);
     }
@@ -75,6 +77,7 @@ struct Exchange {
     route: String,
     path: String,
     user_agent: String,
+    client: Option<Client>,
     begun: Instant,
     status: u16,
     received: Arc<AtomicU64>,
@@ -106,6 +109,7 @@ impl Exchange {
             route,
             path: request.uri().path().to_owned(),
             user_agent: user_agent.chars().take(MAX_USER_AGENT_CHARS).collect(),
+            client: request.extensions().get().copied(),
             begun: Instant::now(),
             // What stays if the client goes away before there is an answer (nginx's custom).
             status: 499,
@@ -135,6 +139,7 @@ impl Drop for Exchange {
             request_id = %self.id,
             method = %self.method,
             path = %self.path.escape_default(),
+            client = self.client.map(|Client(address)| tracing::field::display(address)),
             status = self.status,
             duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
             received_bytes = received,

@@ -1,6 +1,6 @@
 //! How long a client may keep the server waiting for bytes, or for room to send them.
 //!
-//! Used by `socket.rs` for replies and by `blobs.rs` for bodies. Counts only the time spent waiting for the client,
+//! Used by `socket.rs` for replies and by `body.rs` for bodies. Counts only the time spent waiting for the client,
 //! never that of the store or the database.
 
 use std::time::Duration;

@@ -3,8 +3,10 @@
 //! Handlers return one of the four types and thereby name their dialect. Internal errors are logged here, once,
 //! and hidden from the client.
 
-use axum::http::header::{CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::header::{
+    CACHE_CONTROL, CONTENT_RANGE, CONTENT_TYPE, REFERRER_POLICY, RETRY_AFTER, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
+};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
@@ -288,6 +290,17 @@ pub fn at(path: &str, error: Error) -> Response {
         GithubError::from(error).into_response()
     } else {
         TwirpError::from(error).into_response()
+    }
+}
+
+/// Headers that every reply carries.
+pub fn protect(path: &str, headers: &mut HeaderMap) {
+    // Whatever a job uploaded, or a message that quotes it, is what it says to be and nothing else.
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if path.starts_with("/blob/") {
+        // Neither the bytes nor the link that is as good as they are may get into other hands.
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("private, no-store"));
+        headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     }
 }
 

@@ -4,6 +4,7 @@
 //! installs no timer, which leaves hyper's time limits without effect.
 
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,10 +17,13 @@ use axum::http::HeaderValue;
 use axum::http::header::CONNECTION;
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use ipnet::IpNet;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Deserialize;
 use tokio::net::{TcpListener, TcpStream};
@@ -27,6 +31,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::client::{Client, networks};
 use super::patience::Patience;
 use super::socket::{Busy, Socket};
 
@@ -52,6 +57,9 @@ pub struct Settings {
     /// A body that is slower than this, measured over `body_idle_timeout`, is cut; 0: never.
     pub min_bytes_per_second: u32,
     pub max_connections: usize,
+    /// Whose word on their clients' addresses is taken for the log.
+    #[serde(deserialize_with = "networks")]
+    pub trusted_proxies: Vec<IpNet>,
 }
 
 impl Settings {
@@ -63,6 +71,8 @@ impl Settings {
 
 /// hyper's read buffer: what a connection may hold of a body at once.
 const MAX_BUFFER_BYTES: usize = 128 * 1024;
+/// A request's head. Clients of the first cache protocol send ten keys of 512 characters, percent-encoded.
+const MAX_HEAD_BYTES: usize = 64 * 1024;
 /// After an error of accept (too few file descriptors) the loop waits before it tries again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -98,7 +108,7 @@ pub async fn serve(listener: TcpListener, router: Router, settings: &Settings, s
             () = stop.cancelled() => break,
             accepted = accept(&listener, &places) => accepted,
         };
-        let (stream, place) = match accepted {
+        let (stream, peer, place) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
@@ -108,6 +118,7 @@ pub async fn serve(listener: TcpListener, router: Router, settings: &Settings, s
         };
         let connection = connection(
             stream,
+            peer,
             router.clone(),
             settings.clone(),
             Arc::clone(&places),
@@ -140,19 +151,20 @@ pub async fn serve(listener: TcpListener, router: Router, settings: &Settings, s
 async fn accept(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
-) -> std::io::Result<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+) -> std::io::Result<(TcpStream, IpAddr, tokio::sync::OwnedSemaphorePermit)> {
     // Beyond the limit connections wait in the kernel's queue.
     let place = Arc::clone(places)
         .acquire_owned()
         .await
         .map_err(std::io::Error::other)?;
-    let (stream, _) = listener.accept().await?;
+    let (stream, peer) = listener.accept().await?;
     stream.set_nodelay(true)?;
-    Ok((stream, place))
+    Ok((stream, peer.ip(), place))
 }
 
 async fn connection(
     stream: TcpStream,
+    peer: IpAddr,
     router: Router,
     settings: Settings,
     places: Arc<Semaphore>,
@@ -161,7 +173,10 @@ async fn connection(
     let busy = Busy::default();
     let socket = Socket::new(stream, Arc::clone(&busy), settings.head_timeout, settings.patience());
     let router = TowerToHyperService::new(router);
-    let service = service_fn(move |request| {
+    let trusted_proxies = settings.trusted_proxies;
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let client = Client::of(peer, request.headers(), &trusted_proxies);
+        request.extensions_mut().insert(client);
         busy.fetch_add(1, Ordering::Relaxed);
         let (reply, busy, places) = (router.call(request), Arc::clone(&busy), Arc::clone(&places));
         async move {
@@ -179,6 +194,7 @@ async fn connection(
         .timer(TokioTimer::new())
         .header_read_timeout(settings.idle_timeout)
         .max_buf_size(MAX_BUFFER_BYTES)
+        .max_header_size(MAX_HEAD_BYTES)
         .serve_connection(TokioIo::new(socket), service);
     let mut connection = std::pin::pin!(connection);
     let outcome = tokio::select! {

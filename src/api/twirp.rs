@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use super::reply::TwirpError;
 use super::{Context, body};
+use crate::error::Error;
 
 /// JSON nested deeper than this is refused.
 const MAX_DEPTH: usize = 64;
@@ -25,10 +26,18 @@ impl<T: DeserializeOwned> FromRequest<Context> for Message<T> {
     type Rejection = TwirpError;
 
     async fn from_request(request: Request, context: &Context) -> Result<Self, TwirpError> {
-        match encoding(request.headers())? {
-            Encoding::Json => parse(&body::whole(context, request).await?).map(Message),
-            Encoding::Protobuf => Err(TwirpError::bad_route("the service speaks JSON only")),
-        }
+        read_json(request, context).await.map(Message)
+    }
+}
+
+/// Reads a request's JSON. What is wrong with it can be said in another dialect as well.
+pub async fn read_json<T: DeserializeOwned, E: From<TwirpError> + From<Error>>(
+    request: Request,
+    context: &Context,
+) -> Result<T, E> {
+    match encoding(request.headers())? {
+        Encoding::Json => Ok(parse(&body::whole(context, request).await?)?),
+        Encoding::Protobuf => Err(TwirpError::bad_route("the service speaks JSON only").into()),
     }
 }
 
@@ -179,8 +188,7 @@ impl<T: Serialize> IntoResponse for Answer<T> {
     fn into_response(self) -> Response {
         match serde_json::to_vec(&self.0) {
             Ok(body) => ([(CONTENT_TYPE, Encoding::Json.content_type())], Body::from(body)).into_response(),
-            Err(error) => TwirpError::from(crate::error::Error::Internal(format!("an answer is not JSON: {error}")))
-                .into_response(),
+            Err(error) => TwirpError::from(Error::Internal(format!("an answer is not JSON: {error}"))).into_response(),
         }
     }
 }

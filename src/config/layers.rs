@@ -139,6 +139,7 @@ impl Merged {
                 Value::Table(section) => Value::Table(self.section(section, &key)?),
                 Value::Integer(_) => self.layers.get_int(&key)?.into(),
                 Value::Boolean(_) => self.layers.get_bool(&key)?.into(),
+                Value::Array(_) => self.layers.get(&key)?,
                 _ => match self.layers.get_string(&key)? {
                     url if key == "database.url" => redact_url(&url).into(),
                     text if SECRETS.contains(&key.as_str()) && !text.is_empty() => "***".into(),

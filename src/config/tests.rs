@@ -386,6 +386,35 @@ fn places_are_checked() {
 }
 
 #[test]
+fn trusted_proxies_are_addresses_and_networks() {
+    let networks = |attempt: Attempt| {
+        let loaded = attempt.load();
+        let networks = loaded.config.server.trusted_proxies;
+        networks.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(networks(Attempt::new()), [""; 0]);
+    let file = "[server]\ntrusted_proxies = [\"10.0.0.7\", \"2001:db8::/32\"]";
+    assert_eq!(networks(Attempt::new().file(file)), ["10.0.0.7/32", "2001:db8::/32"]);
+    let variable = |value| Attempt::new().variable("WHARFINGER_SERVER__TRUSTED_PROXIES", value);
+    assert_eq!(networks(variable("10.0.0.7, ::1")), ["10.0.0.7/32", "::1/128"]);
+    assert_eq!(networks(variable("")), [""; 0]);
+    assert_has(
+        &variable("10.0.0.0/8,proxy.example").error(),
+        &[
+            "server.trusted_proxies",
+            "WHARFINGER_SERVER__TRUSTED_PROXIES",
+            "\"proxy.example\"",
+            "10.0.0.0/8",
+        ],
+    );
+    let shown = Attempt::new().file(file).load().effective_toml;
+    assert!(
+        shown.contains("trusted_proxies = [\"10.0.0.7\", \"2001:db8::/32\"]"),
+        "{shown}"
+    );
+}
+
+#[test]
 fn limits_are_checked() {
     let flag = |key, value| Attempt::new().flag(key, value);
     assert_has(

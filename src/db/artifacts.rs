@@ -22,6 +22,8 @@ pub struct NewArtifact<'a> {
     pub expires_at_ms: i64,
     /// At most this many artifacts of the job's, where there is a limit.
     pub max_per_job: Option<i64>,
+    /// At most this many artifacts of the run's that are pending, where there is a limit.
+    pub max_pending_per_run: Option<i64>,
 }
 
 /// What became of it.
@@ -33,6 +35,8 @@ pub enum Created<T = BlobId> {
     Exists,
     /// The job has as many artifacts as it may have.
     TooMany,
+    /// The run has as many that are pending as it may have.
+    TooManyPending,
 }
 
 /// The artifact that `FinalizeArtifact` means, as it stands.
@@ -93,6 +97,42 @@ pub(super) const INSERT_ARTIFACT: &str = "INSERT INTO artifacts (issuer, reposit
 
 pub(super) const COUNT_OF_JOB: &str = "SELECT count(*) FROM artifacts
     WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND run_attempt = $4 AND job_backend_id = $5";
+
+pub(super) const COUNT_PENDING_OF_RUN: &str = "SELECT count(*) FROM artifacts
+    WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND state = 'pending'";
+
+/// Which limit an artifact that was just placed is over, if it is. Nothing is counted where there is no limit.
+macro_rules! over_limit {
+    ($tx:expr, $new:expr) => {{
+        let (principal, mut over) = ($new.principal, None);
+        if let Some(limit) = $new.max_per_job {
+            let count: i64 = sqlx::query_scalar($crate::db::artifacts::COUNT_OF_JOB)
+                .bind(&principal.run.issuer)
+                .bind(&principal.run.repository)
+                .bind(&principal.run.run_backend_id)
+                .bind(principal.run_attempt)
+                .bind(&principal.job_backend_id)
+                .fetch_one(&mut *$tx)
+                .await?;
+            if count > limit {
+                over = Some($crate::db::artifacts::Created::TooMany);
+            }
+        }
+        if let Some(limit) = $new.max_pending_per_run {
+            let count: i64 = sqlx::query_scalar($crate::db::artifacts::COUNT_PENDING_OF_RUN)
+                .bind(&principal.run.issuer)
+                .bind(&principal.run.repository)
+                .bind(&principal.run.run_backend_id)
+                .fetch_one(&mut *$tx)
+                .await?;
+            if count > limit {
+                over = Some($crate::db::artifacts::Created::TooManyPending);
+            }
+        }
+        over
+    }};
+}
+pub(super) use over_limit;
 
 /// Id, blob, name, job, size, creation, SHA-256, and what its files have together.
 type SeenRow = (i64, Uuid, String, String, i64, i64, Option<Vec<u8>>, Option<i64>);
@@ -243,21 +283,8 @@ impl Db {
                     .await?;
                 id.is_some()
             };
-            if placed
-                && refused.is_none()
-                && let Some(limit) = new.max_per_job
-            {
-                let count: i64 = sqlx::query_scalar(COUNT_OF_JOB)
-                    .bind(&run.issuer)
-                    .bind(&run.repository)
-                    .bind(&run.run_backend_id)
-                    .bind(principal.run_attempt)
-                    .bind(&principal.job_backend_id)
-                    .fetch_one(&mut *tx)
-                    .await?;
-                if count > limit {
-                    refused = Some(Created::TooMany);
-                }
+            if placed && refused.is_none() {
+                refused = over_limit!(tx, new);
             }
             (placed && refused.is_none()).then_some(())
         });

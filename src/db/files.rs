@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use uuid::Uuid;
 
-use super::artifacts::{COUNT_OF_JOB, INSERT_ARTIFACT, LOCK_NAME};
+use super::artifacts::{INSERT_ARTIFACT, LOCK_NAME, over_limit};
 use super::blobs::{BEGIN, BURY};
 use super::{Created, Db, Failure, NewArtifact, TRIES, lost_every_race, object_key, on, signed, transaction, unsigned};
 use crate::error::{Error, Result};
@@ -338,18 +338,8 @@ impl Db {
                     .bind(blob.0)
                     .fetch_optional(&mut *tx)
                     .await?;
-                if let (Some(_), Some(limit)) = (opened, new.max_per_job) {
-                    let count: i64 = sqlx::query_scalar(COUNT_OF_JOB)
-                        .bind(&run.issuer)
-                        .bind(&run.repository)
-                        .bind(&run.run_backend_id)
-                        .bind(principal.run_attempt)
-                        .bind(&principal.job_backend_id)
-                        .fetch_one(&mut *tx)
-                        .await?;
-                    if count > limit {
-                        refused = Some(Created::TooMany);
-                    }
+                if opened.is_some() {
+                    refused = over_limit!(tx, new);
                 }
             }
             failpoint::reach("container_before_commit");

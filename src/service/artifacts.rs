@@ -23,6 +23,8 @@ pub struct Settings {
     pub max_retention: Duration,
     /// Artifacts that one job may have; 0 for no limit.
     pub max_per_job: u32,
+    /// Artifacts of one run that may be created and not finalized; 0 for no limit.
+    pub max_pending_per_run: u32,
     /// Bytes that one artifact may have; 0 for no limit.
     pub max_size_bytes: u64,
     /// Files that one artifact may have which is uploaded file by file.
@@ -81,6 +83,26 @@ fn check_mime_type(mime_type: &str) -> Result<()> {
     }
 }
 
+/// A limit on a count, where 0 says that there is none.
+pub(super) fn limit(setting: u32) -> Option<i64> {
+    (setting > 0).then_some(i64::from(setting))
+}
+
+// The clients tell their users of a quota when they read these first two words.
+pub(super) fn too_many(settings: &Settings) -> Error {
+    Error::QuotaExceeded(format!(
+        "insufficient usage: a job may have at most {} artifacts",
+        settings.max_per_job
+    ))
+}
+
+pub(super) fn too_many_pending(settings: &Settings) -> Error {
+    Error::QuotaExceeded(format!(
+        "insufficient usage: a workflow run may have at most {} artifacts that are not finalized",
+        settings.max_pending_per_run
+    ))
+}
+
 pub(super) fn no_such_artifact(name: &str) -> Error {
     Error::NotFound(format!("there is no artifact named {name} in this workflow run"))
 }
@@ -108,7 +130,8 @@ impl Services {
             mime_type: request.mime_type,
             created_at_ms: now_ms,
             expires_at_ms,
-            max_per_job: (settings.max_per_job > 0).then_some(i64::from(settings.max_per_job)),
+            max_per_job: limit(settings.max_per_job),
+            max_pending_per_run: limit(settings.max_pending_per_run),
         };
         match self.db.create_artifact(&new).await? {
             Created::Upload(blob) => {
@@ -124,10 +147,8 @@ impl Services {
             Created::Exists => Err(Error::AlreadyExists(
                 "an artifact with this name already exists on the workflow run".to_owned(),
             )),
-            Created::TooMany => Err(Error::QuotaExceeded(format!(
-                "insufficient usage: a job may have at most {} artifacts",
-                settings.max_per_job
-            ))),
+            Created::TooMany => Err(too_many(settings)),
+            Created::TooManyPending => Err(too_many_pending(settings)),
         }
     }
 

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use crc_fast::{CrcAlgorithm, checksum};
 use futures_util::{Stream, TryStreamExt, stream};
 
-use super::artifacts::{check_name, no_such_artifact};
+use super::artifacts::{check_name, limit, no_such_artifact, too_many, too_many_pending};
 use super::chunks::{Summing, deflate_member, packed_length, whole_crc32};
 use super::downloads::ByteStream;
 use super::uploads::Upload;
@@ -86,7 +86,8 @@ impl Services {
             mime_type: Some("application/zip"),
             created_at_ms: now_ms,
             expires_at_ms: now_ms + lifetime_ms,
-            max_per_job: (settings.max_per_job > 0).then_some(i64::from(settings.max_per_job)),
+            max_per_job: limit(settings.max_per_job),
+            max_pending_per_run: limit(settings.max_pending_per_run),
         };
         match self.db.open_container(&new).await? {
             Created::Upload(id) => {
@@ -96,10 +97,8 @@ impl Services {
             Created::Exists => Err(Error::AlreadyExists(
                 "an artifact with this name already exists on the workflow run".to_owned(),
             )),
-            Created::TooMany => Err(Error::QuotaExceeded(format!(
-                "insufficient usage: a job may have at most {} artifacts",
-                settings.max_per_job
-            ))),
+            Created::TooMany => Err(too_many(settings)),
+            Created::TooManyPending => Err(too_many_pending(settings)),
         }
     }
 

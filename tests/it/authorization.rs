@@ -455,10 +455,7 @@ impl World {
         // What is no JSON object is bytes of a file.
         let body = match &sample.body {
             Value::String(bytes) => {
-                headers = headers
-                    .into_iter()
-                    .filter(|(name, _)| *name != "content-type")
-                    .collect();
+                headers.retain(|(name, _)| *name != "content-type");
                 headers.push(("content-type", "application/octet-stream"));
                 headers.push(match sample.method {
                     "PUT" => ("content-range", "bytes 0-4/5"),

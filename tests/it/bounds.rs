@@ -13,18 +13,18 @@ use crate::common::{Backend, Job, TestServer, block_link, block_list, raw};
 
 const MIB: usize = 1024 * 1024;
 /// Short, because the tests wait for it to pass; long enough for a busy machine to be faster.
-const SHORT: Duration = Duration::from_millis(300);
+pub const SHORT: Duration = Duration::from_millis(300);
 /// How long a server may take to do what it must.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
-async fn connect(server: &TestServer) -> TcpStream {
+pub async fn connect(server: &TestServer) -> TcpStream {
     TcpStream::connect(server.url.strip_prefix("http://").unwrap())
         .await
         .unwrap()
 }
 
 /// What comes until the server closes.
-async fn rest(socket: &mut TcpStream) -> Vec<u8> {
+pub async fn rest(socket: &mut TcpStream) -> Vec<u8> {
     let mut received = Vec::new();
     let reading = socket.read_to_end(&mut received);
     // An error is an end as well: the server may reset what it has not read.
@@ -43,7 +43,7 @@ fn put_blob_head(link: &str, size_bytes: usize) -> Vec<u8> {
 }
 
 /// Room for one stream only.
-fn one_stream(config: &mut Config) {
+pub fn one_stream(config: &mut Config) {
     config.memory.upload_bytes = 64 * 1024;
     config.memory.download_bytes = 64 * 1024;
 }

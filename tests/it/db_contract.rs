@@ -154,6 +154,7 @@ on_both! {
     creating_over_a_pending_name_supersedes_it,
     creating_over_an_expired_name_frees_it,
     a_job_has_its_limit,
+    a_run_has_its_limit_of_pending_ones,
     of_many_creates_the_newest_wins,
     staging_a_block_again_makes_garbage,
     closed_blobs_take_no_blocks,
@@ -223,6 +224,7 @@ fn new<'a>(principal: &'a Principal, name: &'a str, now_ms: i64) -> NewArtifact<
         created_at_ms: now_ms,
         expires_at_ms: now_ms + LIFE,
         max_per_job: None,
+        max_pending_per_run: None,
     }
 }
 
@@ -563,6 +565,30 @@ async fn a_job_has_its_limit(place: Place) {
         ..new(&job, "b", NOW)
     };
     assert_eq!(place.db.create_artifact(&over).await.unwrap(), Created::Exists);
+}
+
+async fn a_run_has_its_limit_of_pending_ones(place: Place) {
+    fn limited<'a>(principal: &'a Principal, name: &'a str) -> NewArtifact<'a> {
+        NewArtifact {
+            max_pending_per_run: Some(2),
+            ..new(principal, name, NOW)
+        }
+    }
+    let (build, test) = (attempt(1), principal("name:octo/demo", "1", "test", 2));
+    let created = async |principal, name| place.db.create_artifact(&limited(principal, name)).await.unwrap();
+    let opened = async |principal, name| place.db.open_container(&limited(principal, name)).await.unwrap();
+    assert!(matches!(created(&build, "a").await, Created::Upload(_)));
+    assert!(matches!(opened(&test, "b").await, Created::Upload(_)));
+    assert_eq!(created(&test, "c").await, Created::TooManyPending);
+    assert_eq!(opened(&build, "c").await, Created::TooManyPending);
+    // Again is no further one, and other runs count for themselves.
+    assert!(matches!(created(&build, "a").await, Created::Upload(_)));
+    assert!(matches!(opened(&test, "b").await, Created::Upload(_)));
+    let other = principal("name:octo/demo", "2", "build", 1);
+    assert!(matches!(created(&other, "a").await, Created::Upload(_)));
+    // What is finalized makes room.
+    place.upload(&build, "a", NOW).await;
+    assert!(matches!(created(&build, "c").await, Created::Upload(_)));
 }
 
 async fn of_many_creates_the_newest_wins(place: Place) {

@@ -196,6 +196,7 @@ fn new_container<'a>(job: &'a Principal, name: &'a str) -> NewArtifact<'a> {
         created_at_ms: NOW,
         expires_at_ms: NOW + 1_000,
         max_per_job: Some(1_000),
+        max_pending_per_run: Some(1_000),
     }
 }
 
@@ -335,6 +336,7 @@ async fn costs(db: &Db, meter: &Meter, number: i64, long_blob: BlobId) -> BTreeM
         created_at_ms: BEFORE,
         expires_at_ms: NOW + 1,
         max_per_job: Some(1),
+        max_pending_per_run: Some(1_000),
     };
     let Created::Upload(uploaded) = cost!(create_artifact(&new)) else {
         panic!("it is new");

@@ -23,10 +23,12 @@ mod key_sets;
 #[cfg(feature = "failpoints")]
 mod kill_matrix;
 mod layers;
+mod log;
 mod model;
 mod races;
 mod replicas;
 mod restore;
 mod routes;
 mod seaweedfs;
+mod secrets;
 mod storage_contract;

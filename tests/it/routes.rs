@@ -1,7 +1,12 @@
 //! Every route has a guard and a limit on bodies, and they are those that the URL map declares.
 
+use std::time::Duration;
+
+use secrecy::ExposeSecret as _;
 use serde_json::json;
 use wharfinger::api::{self, BodyLimit, Caller, Context, UrlMap};
+use wharfinger::model::Repositories;
+use wharfinger::service::credentials::NewApiToken;
 
 use super::common::raw::{Reply, exchange, request};
 use super::common::{Backend, TestServer};
@@ -10,7 +15,18 @@ use super::common::{Backend, TestServer};
 const PUBLIC: [&str; 2] = ["/twirp/{*method}", "/twirp/"];
 
 async fn send(server: &TestServer, method: &str, path: &str, headers: &[(&str, &str)]) -> Reply {
-    exchange(&server.url, &request(method, path, headers, b"{}")).await
+    let reply = exchange(&server.url, &request(method, path, headers, b"{}")).await;
+    assert_protected(path, &reply);
+    reply
+}
+
+/// No reply may become something else in a browser, and none to a link may stay anywhere.
+fn assert_protected(path: &str, reply: &Reply) {
+    assert_eq!(reply.header("x-content-type-options"), Some("nosniff"), "{path}");
+    if path.starts_with("/blob/") {
+        assert_eq!(reply.header("cache-control"), Some("private, no-store"), "{path}");
+        assert_eq!(reply.header("referrer-policy"), Some("no-referrer"), "{path}");
+    }
 }
 
 fn url_map(server: &TestServer) -> UrlMap {
@@ -79,9 +95,10 @@ async fn every_route_is_guarded_as_declared() {
     server.stop().await;
 }
 
-/// The link of a route with a link, or the path with what a good token may ask for.
+/// A path that a route's caller may ask for, and the header that it asks with.
 async fn good(server: &TestServer, pattern: &str, caller: Caller) -> (String, String) {
-    let job = server.job();
+    // A job for each route: one of them ends its job.
+    let job = server.job_of("octo/demo", "1", &uuid::Uuid::now_v7().to_string());
     let path = match caller {
         Caller::SignedLink => {
             let link = job.create("limits").await;
@@ -89,7 +106,21 @@ async fn good(server: &TestServer, pattern: &str, caller: Caller) -> (String, St
         }
         _ => pattern.replace("{id}", "1").replace("{run_id}", "1"),
     };
-    (path, format!("Bearer {}", job.token))
+    let token = match caller {
+        Caller::ApiToken(access) => {
+            let new = NewApiToken {
+                name: "test".to_owned(),
+                issuer: None,
+                repositories: Repositories::All,
+                access,
+                lives_for: Duration::from_secs(3600),
+            };
+            let (_, text) = server.app.services.create_api_token(new).await.unwrap();
+            text.expose_secret().to_owned()
+        }
+        _ => job.token,
+    };
+    (path, format!("Bearer {token}"))
 }
 
 #[tokio::test]
@@ -101,7 +132,9 @@ async fn every_route_refuses_a_body_that_is_too_large_or_packed() {
         let headers = [("content-type", "application/json"), ("authorization", bearer.as_str())];
         let send = async |more: (&str, &str), body: &[u8]| {
             let headers = [&headers[..], &[more]].concat();
-            exchange(&server.url, &request(method, &path, &headers, body)).await
+            let reply = exchange(&server.url, &request(method, &path, &headers, body)).await;
+            assert_protected(&path, &reply);
+            reply
         };
         // Where the clients know 400 only, it is that.
         let too_large = if path.starts_with("/_apis/") { 400 } else { 413 };
@@ -116,7 +149,7 @@ async fn every_route_refuses_a_body_that_is_too_large_or_packed() {
         assert_eq!(reply.status, too_large, "{path}: {reply:?}");
         assert!(reply.text().contains(&most.to_string()), "{path}: {reply:?}");
         // And where nothing is said of it, as soon as it is. Azure's clients must say it.
-        if let Some(whole) = whole.filter(|_| *caller == Caller::RuntimeToken) {
+        if let Some(whole) = whole.filter(|_| *caller != Caller::SignedLink) {
             let body = [
                 format!("{:x}\r\n", whole + 1).as_bytes(),
                 &vec![b' '; whole + 1],

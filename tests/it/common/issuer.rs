@@ -1,6 +1,7 @@
 //! Forges beside Wharfinger: issuers in the configuration, the tokens they sign, and where they publish their keys.
 
 use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -65,6 +66,22 @@ pub fn add_public(config: &mut Config, name: &str, jwks_url: &str) {
         jwks_url: Some(jwks_url.to_owned()),
         ..settings(name, IssuerKind::Jwks)
     });
+}
+
+/// A configuration file below `directory` with an issuer `name`, as [`add`] makes it.
+pub fn config_file(directory: &Path, name: &str) -> PathBuf {
+    let (secret_file, config) = (directory.join(format!("{name}.secret")), directory.join("issuers.toml"));
+    std::fs::write(&secret_file, secret(name)).unwrap();
+    std::fs::set_permissions(&secret_file, PermissionsExt::from_mode(0o600)).unwrap();
+    let lines = [
+        "[[issuers]]".to_owned(),
+        format!("name = \"{name}\""),
+        "kind = \"hs256\"".to_owned(),
+        format!("iss = \"https://{name}.example\""),
+        format!("secret_file = \"{}\"", secret_file.display()),
+    ];
+    std::fs::write(&config, lines.join("\n")).unwrap();
+    config
 }
 
 /// Good claims of the issuer `name` for a job.

@@ -6,11 +6,13 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::s3::S3Server;
+use super::{Backend, postgres_database};
 
 /// How a server is configured: environment variables over the defaults, as an operator would.
 #[derive(Clone, Debug, Default)]
@@ -35,6 +37,18 @@ impl Environment {
         environment.set("WHARFINGER_STORAGE__SECRET_ACCESS_KEY", s3.secret_access_key);
         environment.set("WHARFINGER_SECRET_FILE", secret_file.display());
         environment
+    }
+
+    /// `backend`, with whatever lies in files below `directory`.
+    pub async fn on(backend: Backend, directory: &Path, s3: Option<&S3Server>) -> Self {
+        let data_dir = directory.join("data");
+        match backend {
+            Backend::SqliteDisk => Self::embedded(&data_dir),
+            Backend::PostgresS3 => {
+                let s3 = s3.expect("the backend has a store");
+                Self::production(&data_dir, &postgres_database().await, s3, &secret_file(directory))
+            }
+        }
     }
 
     pub fn set(&mut self, name: &str, value: impl ToString) {
@@ -114,6 +128,8 @@ pub fn free_port() -> u16 {
 /// A running server process. Dropping it kills it.
 pub struct Process {
     child: Child,
+    /// Ends with the log.
+    reader: Option<JoinHandle<()>>,
     pub url: String,
     pub internal_url: String,
     /// Every line of its log so far.
@@ -135,7 +151,7 @@ impl Process {
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let sink = Arc::clone(&log);
-        std::thread::spawn(move || {
+        let reader = std::thread::spawn(move || {
             lines
                 .map_while(Result::ok)
                 .for_each(|line| sink.lock().unwrap().push(line))
@@ -143,6 +159,7 @@ impl Process {
         let origin = |listen: &str| format!("http://{}", environment.0[listen]);
         let mut process = Self {
             child,
+            reader: Some(reader),
             url: environment
                 .0
                 .get("WHARFINGER_PUBLIC_URL")
@@ -223,6 +240,15 @@ impl Process {
     /// SIGTERM, and no waiting.
     pub fn ask_to_stop(&self) {
         Command::new("kill").arg(self.pid().to_string()).status().unwrap();
+    }
+
+    /// SIGTERM. Returns once the process has ended, with every line of its log.
+    pub fn log_to_its_end(mut self) -> Vec<String> {
+        self.ask_to_stop();
+        self.child.wait().unwrap();
+        let reader = self.reader.take().unwrap();
+        reader.join().unwrap();
+        std::mem::take(&mut *self.log.lock().unwrap())
     }
 
     /// Returns once the process has ended, with its exit code.

@@ -28,7 +28,7 @@ impl Reply {
         serde_json::from_slice(&self.body).unwrap_or_else(|_| panic!("not JSON: {self:?}"))
     }
 
-    fn parse(bytes: &[u8]) -> Self {
+    pub fn parse(bytes: &[u8]) -> Self {
         let end = bytes.windows(4).position(|window| window == b"\r\n\r\n");
         let end = end.unwrap_or_else(|| panic!("no reply head in {:?}", String::from_utf8_lossy(bytes)));
         let head = std::str::from_utf8(&bytes[..end]).unwrap();
@@ -62,8 +62,13 @@ pub fn request(method: &str, target: &str, headers: &[(&str, &str)], body: &[u8]
     [head.as_bytes(), b"\r\n", body].concat()
 }
 
-/// Sends bytes to the server at `origin` and reads until it closes the connection.
+/// Sends a request to the server at `origin` and reads until it closes the connection.
 pub async fn exchange(origin: &str, bytes: &[u8]) -> Reply {
+    Reply::parse(&converse(origin, bytes).await)
+}
+
+/// Sends whatever bytes, and returns all that come until the server closes the connection.
+pub async fn converse(origin: &str, bytes: &[u8]) -> Vec<u8> {
     let mut socket = TcpStream::connect(origin.strip_prefix("http://").unwrap())
         .await
         .unwrap();
@@ -71,5 +76,5 @@ pub async fn exchange(origin: &str, bytes: &[u8]) -> Reply {
     let mut received = Vec::new();
     // A server that refuses may close before it has read all, which is an error to one side or both.
     let (_, _) = tokio::join!(writer.write_all(bytes), reader.read_to_end(&mut received));
-    Reply::parse(&received)
+    received
 }
