@@ -27,6 +27,7 @@ mod log;
 mod model;
 mod races;
 mod replicas;
+mod rest;
 mod restore;
 mod routes;
 mod seaweedfs;
