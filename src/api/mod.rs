@@ -25,6 +25,7 @@ mod reply;
 mod rest;
 pub mod serve;
 mod socket;
+pub mod tls;
 mod twirp;
 
 use axum::Router;

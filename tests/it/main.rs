@@ -33,3 +33,4 @@ mod routes;
 mod seaweedfs;
 mod secrets;
 mod storage_contract;
+mod tls;
