@@ -3,6 +3,7 @@
 //! Called by `main`. Commands print their result to standard output and nothing else there; none of them holds a rule
 //! of the product, they call `app` and `papers`.
 
+mod artifact;
 mod check_config;
 mod clean;
 mod env;
@@ -14,6 +15,7 @@ mod run;
 mod serve;
 mod table;
 mod token;
+mod usage;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -86,6 +88,11 @@ enum Command {
     /// Close workflow runs
     #[command(subcommand)]
     Run(run::Command),
+    /// Show what each repository takes
+    Usage,
+    /// Delete artifacts
+    #[command(subcommand)]
+    Artifact(artifact::Command),
     /// Check the configuration and print it, secrets hidden
     CheckConfig,
     /// Remove what is expired, abandoned or left over, once
@@ -133,6 +140,8 @@ impl Cli {
             Command::Env(flags) => env::run(&loaded.config, flags).await?,
             Command::Keys(command) => keys::run(&loaded.config, command).await?,
             Command::Run(command) => run::run(&loaded.config, command).await?,
+            Command::Usage => usage::run(&loaded.config).await?,
+            Command::Artifact(command) => artifact::run(&loaded.config, command).await?,
             Command::CheckConfig => check_config::run(&loaded)?,
             Command::Clean => clean::run(loaded.config).await?,
             Command::Fsck(flags) => return fsck::run(loaded.config, flags).await,

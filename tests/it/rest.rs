@@ -11,6 +11,7 @@ use wharfinger::papers::MintRequest;
 use wharfinger::service::credentials::NewApiToken;
 
 use super::cache_api::CacheJob;
+use super::common::process::{Environment, Process};
 use super::common::{Backend, Job, TestServer};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -321,4 +322,35 @@ async fn pages_are_complete() {
         .await;
     assert_eq!((&narrow.body["total_count"], narrow.link), (&json!(1), None));
     server.stop().await;
+}
+
+#[tokio::test]
+async fn the_commands_say_what_is_taken_and_delete_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = Process::start(&Environment::embedded(&directory.path().join("data")));
+    let job = server.job();
+    for name in ["image", "log", "report"] {
+        let link = job.create(name).await;
+        assert_eq!(job.put(&link, 5, "12345").await.unwrap(), 201);
+        job.finalize(name, 5).await;
+    }
+    let usage = server.environment.output(&["usage"]);
+    let row: Vec<&str> = usage.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(row, ["octo/demo", "octo/demo", "wharfinger", "3", "15", "0", "0"]);
+    let delete = |more: &[&str]| {
+        let arguments = [&["artifact", "delete", "--repository", "octo/demo"], more].concat();
+        server.environment.output(&arguments).trim().to_owned()
+    };
+    assert_eq!(delete(&["--run-id", "1", "--name", "log"]), "1 deleted");
+    assert_eq!(delete(&["--run-id", "1", "--issuer", "gitea"]), "0 deleted");
+    assert_eq!(delete(&["--run-id", "2"]), "0 deleted");
+    assert_eq!(delete(&["--run-id", "1"]), "2 deleted");
+    assert_eq!(delete(&["--all-runs"]), "0 deleted");
+    assert_eq!(server.environment.output(&["usage"]).lines().count(), 1);
+    let unsure = ["artifact", "delete", "--repository", "octo/demo"];
+    assert!(
+        !server.environment.command(&unsure).output().unwrap().status.success(),
+        "of which runs?"
+    );
+    assert_eq!(server.terminate(), Some(0));
 }
