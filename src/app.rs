@@ -19,6 +19,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::pass_through::Upstream;
 use crate::api::tls::Tls;
 use crate::api::{self, Context, Operations};
 use crate::clock::Clock;
@@ -126,6 +127,8 @@ impl App {
             None
         };
         let tls = Tls::open(&config.tls).map_err(|error| anyhow!(error))?;
+        let upstream =
+            Upstream::new(&config.pass_through, config.ca_file.as_deref()).map_err(|error| anyhow!(error))?;
         let (public, internal) = listeners(&config).await?;
         // Port 0 lets the system choose; links need to know.
         config.listen = public.local_addr()?;
@@ -143,6 +146,7 @@ impl App {
         let stop = CancellationToken::new();
         let context = Context {
             services: services.clone(),
+            upstream,
             patience: config.server.patience(),
         };
         let operations = Operations {

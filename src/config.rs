@@ -13,7 +13,7 @@ use secrecy::ExposeSecret as _;
 use serde::{Deserialize, Deserializer, de::Error as _};
 use tracing_subscriber::filter::{EnvFilter, LevelFilter};
 
-use crate::api::{serve, tls};
+use crate::api::{pass_through, serve, tls};
 use crate::papers::{IssuerSettings, parse_public_url};
 use crate::service::{artifacts, caches, cleaner, memory, scrub, uploads, verification};
 use crate::{db, storage};
@@ -66,6 +66,7 @@ pub struct Config {
     pub storage: storage::Settings,
     pub server: serve::Settings,
     pub tls: tls::Settings,
+    pub pass_through: pass_through::Settings,
     pub uploads: uploads::Settings,
     pub artifacts: artifacts::Settings,
     pub cache: caches::Settings,

@@ -25,6 +25,7 @@ mod kill_matrix;
 mod layers;
 mod log;
 mod model;
+mod pass_through;
 mod races;
 mod replicas;
 mod rest;
