@@ -19,6 +19,7 @@ mod fsck;
 mod ghac;
 mod go_cache;
 mod growth;
+mod handover;
 mod key_sets;
 #[cfg(feature = "failpoints")]
 mod kill_matrix;
