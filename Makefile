@@ -39,4 +39,6 @@ fuzz:
 # Parsed and linted, not run.
 lint-containers:
 	$(NODE) tests/e2e/node_modules/.bin/dockerfile-utils lint Dockerfile
-	$(NODE) tests/e2e/node_modules/.bin/yaml valid < docker-compose.yml
+	for file in docker-compose.yml deploy/kubernetes/*.yaml; do \
+		$(NODE) tests/e2e/node_modules/.bin/yaml valid < $$file || { echo "$$file is no YAML"; exit 1; }; \
+	done

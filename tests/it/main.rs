@@ -14,6 +14,7 @@ mod common;
 mod crash;
 mod credentials;
 mod db_contract;
+mod deploy;
 mod faults;
 mod fsck;
 mod ghac;
