@@ -133,8 +133,8 @@ fi
 # The clients. No install scripts: none of them needs any.
 cd tests/e2e
 stamp=node_modules/.installed
-if ! [ $stamp -nt package-lock.json ] || ! [ $stamp -nt package.json ]; then
+if ! cmp -s package-lock.json $stamp; then
     say "npm ci in tests/e2e"
     npm ci --ignore-scripts --include=dev --no-audit --no-fund --loglevel=error >&2 || fail "npm ci failed"
-    touch $stamp
+    cp package-lock.json $stamp
 fi
