@@ -31,6 +31,7 @@ seed() {
 seed block_list ../src/api/block_list.rs
 seed content_range ../src/api/content_range.rs
 seed item_path ../src/api/item_path.rs
+seed key_set ../src/papers/key_sets/tests.rs
 seed link ../src/papers/links.rs
 seed range ../src/api/range.rs
 seed token ../src/papers/tokens/tests.rs
