@@ -9,6 +9,7 @@ run:
 
 check:
 	cargo fmt --check
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --release --locked --all-targets -- -D warnings
 	cargo clippy --release --locked --all-targets --features failpoints,fuzzing -- -D warnings
 
