@@ -10,6 +10,7 @@
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
 import fs from 'node:fs'
+import { createRequire } from 'node:module'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import {
@@ -322,6 +323,16 @@ const artifactCases = {
       await assert.rejects(client.getArtifact(name, { findBy: { ...findBy, ...other } }))
     }
     if (!since(2, 1)) return 'list, get, download'
+    if (!since(6, 0)) {
+      // The octokit that is inside the action, by pages. From 6.0 on it can't be required.
+      const { getOctokit } = createRequire(path.join(path.dirname(self), 'node_modules', clientName, 'lib/'))('@actions/github')
+      const octokit = getOctokit(token)
+      const of = { owner: 'octo', repo: 'demo', run_id: workflowRunId, per_page: 1 }
+      const all = await octokit.paginate(octokit.rest.actions.listWorkflowRunArtifacts, of)
+      assert.equal(all.filter(artifact => artifact.id === uploaded.id).length, 1)
+      const { data } = await octokit.rest.actions.getArtifact({ ...of, artifact_id: uploaded.id })
+      assert.equal(data.name, name)
+    }
     await client.deleteArtifact(name, { findBy })
     assert.deepEqual(await find(), [])
     return 'list, get, download, delete'
