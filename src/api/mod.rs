@@ -186,6 +186,12 @@ pub fn public(context: Context) -> UrlMap {
     )
     // Wharfinger's own.
     .route(
+        Anyone,
+        "/api/v1/version",
+        None,
+        get(ops::version).fallback(not_found),
+    )
+    .route(
         RuntimeToken,
         "/api/v1/job/close",
         None,
