@@ -45,7 +45,7 @@ function localAction(workspace, script, path, exists) {
   if (within.split(path.sep)[0] === '..' || path.isAbsolute(within)) return undefined
   for (let directory = path.dirname(within); ; directory = path.dirname(directory)) {
     if (['action.yml', 'action.yaml'].some(file => exists(path.join(workspace, directory, file)))) {
-      return `./${directory.split(path.sep).join('/')}`
+      return directory === '.' ? './' : `./${directory.split(path.sep).join('/')}`
     }
     if (directory === '.') return undefined
   }

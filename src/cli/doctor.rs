@@ -116,7 +116,9 @@ impl Report {
             text.push_str(&format!("{status:<8}{:<10}{}\n", check.name, check.detail));
         }
         match &self.url {
-            Some(url) if self.uses_wharfinger => text.push_str(&format!("Artifacts and caches go to Wharfinger at {url}.\n")),
+            Some(url) if self.uses_wharfinger => {
+                text.push_str(&format!("Artifacts and caches go to Wharfinger at {url}.\n"))
+            }
             _ => text.push_str("Artifacts and caches do not go to Wharfinger.\n"),
         }
         text
@@ -147,7 +149,11 @@ impl Report {
             (Some(file), _) => match fs::read_to_string(&file) {
                 Ok(token) => Some(token.trim().to_owned()),
                 Err(error) => {
-                    self.add("token", Status::Failed, format!("can't read {}: {error}", file.display()));
+                    self.add(
+                        "token",
+                        Status::Failed,
+                        format!("can't read {}: {error}", file.display()),
+                    );
                     return;
                 }
             },
@@ -160,7 +166,13 @@ impl Report {
             }
             return;
         };
-        self.try_token(Job { http, url, token, ids: None }).await;
+        self.try_token(Job {
+            http,
+            url,
+            token,
+            ids: None,
+        })
+        .await;
     }
 
     /// Where the variables lead, and whether the preload is what leads there.
@@ -174,7 +186,11 @@ impl Report {
         };
         let outcome = if let Some(path) = &preload {
             let is_this = fs::read_to_string(path).is_ok_and(|text| text == PRELOAD);
-            let version = if is_this { "" } else { ", of another version than this program" };
+            let version = if is_this {
+                ""
+            } else {
+                ", of another version than this program"
+            };
             self.add("preload", Status::Ok, format!("NODE_OPTIONS loads {path}{version}"));
             variables.of_preload()
         } else {
@@ -237,14 +253,21 @@ impl Report {
         if is_tls {
             self.add("tls", Status::Ok, "Node accepts the certificate");
         } else {
-            self.add("tls", Status::Skipped, "the URL is http:, so whoever is between can read tokens");
+            self.add(
+                "tls",
+                Status::Skipped,
+                "the URL is http:, so whoever is between can read tokens",
+            );
         }
         let date = reply.headers().get(DATE).and_then(|date| date.to_str().ok());
         let skew = date.map(skew);
         if !self.judge("server", version(url, reply).await) {
             return None;
         }
-        self.judge("clock", skew.unwrap_or_else(|| bail!("the server's answer has no date")));
+        self.judge(
+            "clock",
+            skew.unwrap_or_else(|| bail!("the server's answer has no date")),
+        );
         Some(http)
     }
 
@@ -258,7 +281,10 @@ impl Report {
         let is_there = self.judge("upload", job.upload(&name, &content).await);
         if is_there {
             self.judge("download", job.download(&name, &content).await);
-            if let Err(error) = job.call("ArtifactService/DeleteArtifact", json!({ "name": name })).await {
+            if let Err(error) = job
+                .call("ArtifactService/DeleteArtifact", json!({ "name": name }))
+                .await
+            {
                 self.add("delete", Status::Failed, format!("{name} was left behind: {error:#}"));
             }
         }
@@ -321,9 +347,14 @@ impl Variables<'_> {
         };
         // Of this one the clients take the origin alone.
         let url = Url::parse(results).ok().filter(Url::has_host);
-        let url = url.context("ACTIONS_RESULTS_URL is no URL")?.origin().ascii_serialization();
+        let url = url
+            .context("ACTIONS_RESULTS_URL is no URL")?
+            .origin()
+            .ascii_serialization();
         let server = self.get("GITHUB_SERVER_URL").unwrap_or("https://github.com");
-        let host = Url::parse(server).ok().and_then(|url| Some(url.host_str()?.to_lowercase()));
+        let host = Url::parse(server)
+            .ok()
+            .and_then(|url| Some(url.host_str()?.to_lowercase()));
         ensure!(
             host.is_some_and(|host| host == "github.com" || host.ends_with(".ghe.com") || host.ends_with(".localhost")),
             "GITHUB_SERVER_URL is {server}, which the clients take for a GitHub Enterprise Server and refuse to work \
@@ -346,7 +377,14 @@ impl Variables<'_> {
     }
 
     fn has_proxy(&self) -> bool {
-        let names = ["https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"];
+        let names = [
+            "https_proxy",
+            "HTTPS_PROXY",
+            "http_proxy",
+            "HTTP_PROXY",
+            "all_proxy",
+            "ALL_PROXY",
+        ];
         names.iter().any(|name| self.get(name).is_some())
     }
 
@@ -360,7 +398,9 @@ impl Variables<'_> {
             authorities = read.with_context(|| format!("NODE_EXTRA_CA_CERTS ({path}) has no PEM certificates"))?;
         }
         let options = self.get("NODE_OPTIONS").unwrap_or_default();
-        let trusts_system = ["--use-system-ca", "--use-openssl-ca"].iter().any(|option| options.contains(option))
+        let trusts_system = ["--use-system-ca", "--use-openssl-ca"]
+            .iter()
+            .any(|option| options.contains(option))
             || self.get("NODE_USE_SYSTEM_CA") == Some("1");
         let builder = if trusts_system {
             builder.tls_certs_merge(authorities)
@@ -434,10 +474,14 @@ impl Job {
     /// Finds out the token's run and lists its artifacts.
     async fn introduce(&mut self) -> anyhow::Result<String> {
         let payload = self.token.split('.').nth(1).unwrap_or_default();
-        let payload = URL_SAFE_NO_PAD.decode(payload.trim_end_matches('=')).unwrap_or_default();
+        let payload = URL_SAFE_NO_PAD
+            .decode(payload.trim_end_matches('='))
+            .unwrap_or_default();
         let claims: Value = serde_json::from_slice(&payload).unwrap_or_default();
         let scopes = claims["scp"].as_str().unwrap_or_default();
-        let ids = scopes.split(' ').find_map(|scope| scope.strip_prefix("Actions.Results:")?.split_once(':'));
+        let ids = scopes
+            .split(' ')
+            .find_map(|scope| scope.strip_prefix("Actions.Results:")?.split_once(':'));
         let (run, job) = ids.context("the token names no run: it is no runtime token")?;
         self.ids = Some((run.to_owned(), job.to_owned()));
         let listed = self.call("ArtifactService/ListArtifacts", json!({})).await;
@@ -449,7 +493,9 @@ impl Job {
         let created = self
             .call("ArtifactService/CreateArtifact", json!({ "name": name, "version": 4 }))
             .await?;
-        let link = created["signed_upload_url"].as_str().context("the server gave no link")?;
+        let link = created["signed_upload_url"]
+            .as_str()
+            .context("the server gave no link")?;
         let reply = self
             .http
             .put(link)
@@ -458,19 +504,37 @@ impl Job {
             .send()
             .await
             .map_err(reqwest::Error::without_url)
-            .with_context(|| format!("can't upload to {}: is that public_url reachable from here?", origin_of(link)))?;
-        ensure!(reply.status().is_success(), "the upload was answered with {}", reply.status());
-        let hash: String = Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect();
+            .with_context(|| {
+                format!(
+                    "can't upload to {}: is that public_url reachable from here?",
+                    origin_of(link)
+                )
+            })?;
+        ensure!(
+            reply.status().is_success(),
+            "the upload was answered with {}",
+            reply.status()
+        );
+        let hash: String = Sha256::digest(content)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         let fields = json!({ "name": name, "size": content.len().to_string(), "hash": format!("sha256:{hash}") });
         self.call("ArtifactService/FinalizeArtifact", fields).await?;
         Ok(format!("{} bytes to {}", content.len(), origin_of(link)))
     }
 
     async fn download(&self, name: &str, content: &[u8]) -> anyhow::Result<String> {
-        let given = self.call("ArtifactService/GetSignedArtifactURL", json!({ "name": name })).await?;
+        let given = self
+            .call("ArtifactService/GetSignedArtifactURL", json!({ "name": name }))
+            .await?;
         let link = given["signed_url"].as_str().context("the server gave no link")?;
         let reply = self.http.get(link).send().await.map_err(reqwest::Error::without_url)?;
-        ensure!(reply.status() == StatusCode::OK, "the download was answered with {}", reply.status());
+        ensure!(
+            reply.status() == StatusCode::OK,
+            "the download was answered with {}",
+            reply.status()
+        );
         let received = reply.bytes().await.map_err(reqwest::Error::without_url)?;
         ensure!(received == content, "the download is not what was uploaded");
         Ok("the same bytes came back".to_owned())

@@ -171,7 +171,13 @@ impl InstallFlags {
 fn config_map() -> String {
     let indented: String = PRELOAD
         .lines()
-        .map(|line| if line.is_empty() { "\n".to_owned() } else { format!("    {line}\n") })
+        .map(|line| {
+            if line.is_empty() {
+                "\n".to_owned()
+            } else {
+                format!("    {line}\n")
+            }
+        })
         .collect();
     format!("apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: wharfinger\ndata:\n  {PRELOAD_NAME}: |\n{indented}")
 }
@@ -359,8 +365,7 @@ fn write(path: &Path, text: &str) -> anyhow::Result<()> {
     if read(path)?.as_deref() == Some(text) {
         return Ok(());
     }
-    fs::write(path, text)
-        .with_context(|| format!("can't write {}: run this as the runner's user", path.display()))
+    fs::write(path, text).with_context(|| format!("can't write {}: run this as the runner's user", path.display()))
 }
 
 fn remove(path: &Path) -> anyhow::Result<()> {

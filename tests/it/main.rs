@@ -26,6 +26,7 @@ mod layers;
 mod log;
 mod model;
 mod races;
+mod reach;
 mod replicas;
 mod restore;
 mod routes;
