@@ -28,7 +28,7 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let settings = cli.overrides();
-    match cli.command() {
+    match cli.into_command() {
         Command::OnRunner(command) => runtime()?.block_on(command.run()),
         Command::OnServer(command) => {
             let loaded = Config::load(&settings, cli::environment()?)?;

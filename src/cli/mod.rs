@@ -143,7 +143,8 @@ impl Cli {
         }
     }
 
-    pub fn command(self) -> Command {
+    /// What is to be done.
+    pub fn into_command(self) -> Command {
         self.command.unwrap_or(Command::OnServer(ServerCommand::Serve))
     }
 
@@ -282,6 +283,13 @@ mod tests {
                 ErrorKind::MissingRequiredArgument,
             ),
             ("wharfinger token", ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand),
+            ("wharfinger runner install /r", ErrorKind::MissingRequiredArgument),
+            ("wharfinger runner install --url https://a.example", ErrorKind::MissingRequiredArgument),
+            ("wharfinger runner install /r --url a.example", ErrorKind::ValueValidation),
+            (
+                "wharfinger runner install /r --url https://a.example --uninstall",
+                ErrorKind::ArgumentConflict,
+            ),
             (
                 "wharfinger env --repository a/b --run-id 1 --job-id b --ttl 6",
                 ErrorKind::ValueValidation,
