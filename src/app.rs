@@ -19,6 +19,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::pass_through::Upstream;
+use crate::api::tls::Tls;
 use crate::api::{self, Context, Operations};
 use crate::clock::Clock;
 use crate::config::Config;
@@ -124,6 +126,9 @@ impl App {
         } else {
             None
         };
+        let tls = Tls::open(&config.tls).map_err(|error| anyhow!(error))?;
+        let upstream =
+            Upstream::new(&config.pass_through, config.ca_file.as_deref()).map_err(|error| anyhow!(error))?;
         let (public, internal) = listeners(&config).await?;
         // Port 0 lets the system choose; links need to know.
         config.listen = public.local_addr()?;
@@ -141,6 +146,7 @@ impl App {
         let stop = CancellationToken::new();
         let context = Context {
             services: services.clone(),
+            upstream,
             patience: config.server.patience(),
         };
         let operations = Operations {
@@ -158,13 +164,16 @@ impl App {
             _lock: lock,
             services: services.clone(),
         };
-        for (listener, router) in [
-            (public, api::public(context).into_router()),
-            (internal, api::internal(operations)),
+        if let Some(tls) = &tls {
+            app.background.spawn(Arc::clone(tls).reload_in_background());
+        }
+        for (listener, router, tls) in [
+            (public, api::public(context).into_router(), tls),
+            (internal, api::internal(operations), None),
         ] {
             let (settings, stop) = (config.server.clone(), stop.clone());
             app.servers
-                .spawn(async move { api::serve::serve(listener, router, &settings, stop).await });
+                .spawn(async move { api::serve::serve(listener, router, &settings, tls, stop).await });
         }
         let (verifier, scrubber) = (services.clone(), services.clone());
         let (papers, issuers) = (services.clone(), services.clone());
@@ -204,7 +213,7 @@ impl App {
             "try it: eval \"$({program} env --repository octo/demo --run-id 1 --job-id build)\" and run a client"
         );
         if !self.public.ip().is_loopback() && public_url.starts_with("http://") {
-            tracing::warn!(listen = %self.public, "tokens and bytes travel unencrypted: put a proxy with TLS in front and set public_url to its https:// address");
+            tracing::warn!(listen = %self.public, "tokens and bytes travel unencrypted: set [tls], or put a proxy with TLS in front and set public_url to its https:// address");
         }
     }
 

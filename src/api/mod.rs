@@ -19,12 +19,14 @@ pub mod fuzzing;
 mod item_path;
 mod observe;
 mod ops;
+pub mod pass_through;
 pub mod patience;
 mod range;
 mod reply;
 mod rest;
 pub mod serve;
 mod socket;
+pub mod tls;
 mod twirp;
 
 use axum::Router;
@@ -34,6 +36,7 @@ use axum::routing::{MethodRouter, any, delete, get, patch, post};
 
 pub use self::body::BodyLimit;
 pub use self::ops::Operations;
+use self::pass_through::Upstream;
 use self::patience::Patience;
 use self::reply::{GithubError, TwirpError};
 use crate::model::Access;
@@ -49,6 +52,8 @@ pub enum Caller {
     ApiToken(Access),
     /// Whoever holds a signed link: the handler is given the `Link`, whose permission fits the method.
     SignedLink,
+    /// Whoever the server lets that the request is passed on to: it has papers, and that server looks at them.
+    Upstream,
     /// Anybody: the answer is the same for everybody and says nothing of what is stored.
     Anyone,
 }
@@ -57,6 +62,8 @@ pub enum Caller {
 #[derive(Clone, Debug)]
 pub struct Context {
     pub services: Services,
+    /// What is left to another server.
+    pub upstream: Option<Upstream>,
     /// How long a request's body may keep us waiting.
     pub patience: Patience,
 }
@@ -65,7 +72,7 @@ pub struct Context {
 pub struct UrlMap {
     context: Context,
     router: Router<Context>,
-    routes: Vec<(&'static str, Caller, BodyLimit)>,
+    routes: Vec<(String, Caller, BodyLimit)>,
 }
 
 /// A Twirp message, and whatever else is JSON and small.
@@ -168,8 +175,8 @@ pub fn public(context: Context) -> UrlMap {
         None,
         get(artifacts_v3::file),
     )
-    .route(Anyone, "/twirp/{*method}", None, any(bad_route))
     .route(Anyone, "/twirp/", None, any(bad_route))
+    .unknown()
     // The first cache protocol.
     .route(RuntimeToken, "/_apis/artifactcache/cache", None, get(cache_v1::look_up))
     .route(
@@ -278,22 +285,62 @@ pub fn internal(operations: Operations) -> Router {
 }
 
 impl UrlMap {
-    fn route(mut self, caller: Caller, path: &'static str, body: BodyLimit, handler: MethodRouter<Context>) -> Self {
-        let context = self.context.clone();
+    /// Twirp methods that are not here, and whatever else another server is to be asked for.
+    fn unknown(mut self) -> Self {
+        let paths = self
+            .context
+            .upstream
+            .as_ref()
+            .map_or(&[][..], Upstream::unknown_paths)
+            .to_vec();
+        if !paths.iter().any(|path| path == "/twirp/") {
+            self = self.route(
+                Caller::Anyone,
+                "/twirp/{*method}".to_owned(),
+                BodyLimit::None,
+                any(bad_route),
+            );
+        }
+        for path in paths {
+            let handler = any(pass_through::forward);
+            self = self.route(
+                Caller::Upstream,
+                format!("{path}{{*rest}}"),
+                BodyLimit::StreamedPacked,
+                handler,
+            );
+        }
+        self
+    }
+
+    fn route(
+        mut self,
+        caller: Caller,
+        path: impl Into<String>,
+        body: BodyLimit,
+        handler: MethodRouter<Context>,
+    ) -> Self {
+        let (context, path) = (self.context.clone(), path.into());
+        let is_left = context.upstream.as_ref().is_some_and(|upstream| upstream.takes(&path));
+        let (caller, body, handler) = if is_left {
+            (Caller::Upstream, BodyLimit::StreamedPacked, any(pass_through::forward))
+        } else {
+            (caller, body, handler)
+        };
         let handler = handler.layer(from_fn_with_state(body, body::limit));
         let guarded = match caller {
             Caller::RuntimeToken => handler.layer(from_fn_with_state(context, auth::runtime_token)),
             Caller::ApiToken(access) => handler.layer(from_fn_with_state((context, access), auth::api_token)),
             Caller::SignedLink => handler.layer(from_fn_with_state(context, auth::signed_link)),
-            Caller::Anyone => handler,
+            Caller::Upstream | Caller::Anyone => handler,
         };
-        self.router = self.router.route(path, guarded);
+        self.router = self.router.route(&path, guarded);
         self.routes.push((path, caller, body));
         self
     }
 
     /// Every route with its declarations, for the tests that walk them.
-    pub fn routes(&self) -> &[(&'static str, Caller, BodyLimit)] {
+    pub fn routes(&self) -> &[(String, Caller, BodyLimit)] {
         &self.routes
     }
 

@@ -12,7 +12,7 @@ use std::time::Instant;
 use axum::body::{Body, HttpBody};
 use axum::extract::{MatchedPath, Request};
 use axum::http::header::{CONTENT_LENGTH, USER_AGENT};
-use axum::http::{HeaderValue, Method};
+use axum::http::{HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use bytes::Bytes;
@@ -47,8 +47,8 @@ pub async fn observe(request: Request, next: Next) -> Response {
         .await
         .unwrap_or_else(|_| reply::at(&path, Error::Internal(format!("a handler panicked at {path}"))));
     exchange.status = response.status().as_u16();
-    exchange.expected = match exchange.method {
-        Method::HEAD => Some(0),
+    exchange.expected = match (&exchange.method, response.status()) {
+        (&Method::HEAD, _) | (_, StatusCode::NO_CONTENT) => Some(0),
         _ => response
             .headers()
             .get(CONTENT_LENGTH)

@@ -26,6 +26,7 @@ use hyper_util::service::TowerToHyperService;
 use ipnet::IpNet;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -34,6 +35,7 @@ use tokio_util::task::TaskTracker;
 use super::client::{Client, networks};
 use super::patience::Patience;
 use super::socket::{Busy, Socket};
+use super::tls::Tls;
 
 /// The `[server]` section of the configuration.
 #[derive(Clone, Debug, Deserialize)]
@@ -97,9 +99,15 @@ pub fn connections_by_descriptors() -> usize {
     usize::try_from(connections).unwrap_or(usize::MAX).max(1)
 }
 
-/// Serves until `stop` is cancelled, then lets requests under way end and closes the listener.
+/// Serves, over TLS if there is any, until `stop` is cancelled, then lets requests under way end and closes the listener.
 /// Requests that last longer than `drain_timeout` after that are cut.
-pub async fn serve(listener: TcpListener, router: Router, settings: &Settings, stop: CancellationToken) {
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    settings: &Settings,
+    tls: Option<Arc<Tls>>,
+    stop: CancellationToken,
+) {
     let connections = TaskTracker::new();
     let places = Arc::new(Semaphore::new(settings.max_connections));
     let cut = CancellationToken::new();
@@ -116,15 +124,24 @@ pub async fn serve(listener: TcpListener, router: Router, settings: &Settings, s
                 continue;
             }
         };
-        let connection = connection(
-            stream,
+        let client = Served {
             peer,
-            router.clone(),
-            settings.clone(),
-            Arc::clone(&places),
-            stop.clone(),
-        );
-        let cut = cut.clone();
+            router: router.clone(),
+            settings: settings.clone(),
+            places: Arc::clone(&places),
+            stop: stop.clone(),
+        };
+        let (cut, tls) = (cut.clone(), tls.clone());
+        let connection = async move {
+            match tls {
+                None => client.connection(stream).await,
+                Some(tls) => match tokio::time::timeout(client.settings.head_timeout, tls.accept(stream)).await {
+                    Ok(Ok(stream)) => client.connection(stream).await,
+                    Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+                    Err(_) => tracing::debug!("a TLS handshake did not come to its end"),
+                },
+            }
+        };
         connections.spawn(async move {
             tokio::select! {
                 () = cut.cancelled() => {}
@@ -162,51 +179,62 @@ async fn accept(
     Ok((stream, peer.ip(), place))
 }
 
-async fn connection(
-    stream: TcpStream,
+/// What a connection is served with.
+struct Served {
     peer: IpAddr,
     router: Router,
     settings: Settings,
     places: Arc<Semaphore>,
     stop: CancellationToken,
-) {
-    let busy = Busy::default();
-    let socket = Socket::new(stream, Arc::clone(&busy), settings.head_timeout, settings.patience());
-    let router = TowerToHyperService::new(router);
-    let trusted_proxies = settings.trusted_proxies;
-    let service = service_fn(move |mut request: Request<Incoming>| {
-        let client = Client::of(peer, request.headers(), &trusted_proxies);
-        request.extensions_mut().insert(client);
-        busy.fetch_add(1, Ordering::Relaxed);
-        let (reply, busy, places) = (router.call(request), Arc::clone(&busy), Arc::clone(&places));
-        async move {
-            let mut reply = reply.await?.map(|body| Reply { body, busy });
-            // Others wait for a place: this one must not rest on it.
-            if places.available_permits() == 0 {
-                reply
-                    .headers_mut()
-                    .insert(CONNECTION, HeaderValue::from_static("close"));
+}
+
+impl Served {
+    async fn connection<S: AsyncRead + AsyncWrite + Unpin>(self, stream: S) {
+        let Self {
+            peer,
+            router,
+            settings,
+            places,
+            stop,
+        } = self;
+        let busy = Busy::default();
+        let socket = Socket::new(stream, Arc::clone(&busy), settings.head_timeout, settings.patience());
+        let router = TowerToHyperService::new(router);
+        let trusted_proxies = settings.trusted_proxies;
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            let client = Client::of(peer, request.headers(), &trusted_proxies);
+            request.extensions_mut().insert(client);
+            busy.fetch_add(1, Ordering::Relaxed);
+            let (reply, busy, places) = (router.call(request), Arc::clone(&busy), Arc::clone(&places));
+            async move {
+                let mut reply = reply.await?.map(|body| Reply { body, busy });
+                // Others wait for a place: this one must not rest on it.
+                if places.available_permits() == 0 {
+                    reply
+                        .headers_mut()
+                        .insert(CONNECTION, HeaderValue::from_static("close"));
+                }
+                Ok::<_, Infallible>(reply)
             }
-            Ok::<_, Infallible>(reply)
+        });
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(settings.idle_timeout)
+            .max_buf_size(MAX_BUFFER_BYTES)
+            .max_header_size(MAX_HEAD_BYTES)
+            .serve_connection(TokioIo::new(socket), service);
+        let mut connection = std::pin::pin!(connection);
+        let outcome = tokio::select! {
+            outcome = connection.as_mut() => outcome,
+            () = stop.cancelled() => {
+                // Ends after the request under way, or at once on an idle connection.
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = outcome {
+            tracing::debug!(%error, "a connection ended");
         }
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(settings.idle_timeout)
-        .max_buf_size(MAX_BUFFER_BYTES)
-        .max_header_size(MAX_HEAD_BYTES)
-        .serve_connection(TokioIo::new(socket), service);
-    let mut connection = std::pin::pin!(connection);
-    let outcome = tokio::select! {
-        outcome = connection.as_mut() => outcome,
-        () = stop.cancelled() => {
-            // Ends after the request under way, or at once on an idle connection.
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = outcome {
-        tracing::debug!(%error, "a connection ended");
     }
 }
 

@@ -12,7 +12,6 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::patience::Patience;
@@ -21,8 +20,8 @@ use super::patience::Patience;
 /// for the reply before its next request can have two.
 pub type Busy = Arc<AtomicUsize>;
 
-pub struct Socket {
-    stream: TcpStream,
+pub struct Socket<S> {
+    stream: S,
     busy: Busy,
     head_timeout: Duration,
     /// Runs from a head's first byte, or from the connection's beginning, to the head's end.
@@ -37,8 +36,8 @@ struct Stalled {
     end: Pin<Box<Sleep>>,
 }
 
-impl Socket {
-    pub fn new(stream: TcpStream, busy: Busy, head_timeout: Duration, patience: Patience) -> Self {
+impl<S> Socket<S> {
+    pub fn new(stream: S, busy: Busy, head_timeout: Duration, patience: Patience) -> Self {
         Self {
             stream,
             busy,
@@ -72,7 +71,7 @@ impl Socket {
     }
 }
 
-impl AsyncRead for Socket {
+impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let outcome = Pin::new(&mut self.stream).poll_read(cx, buffer);
@@ -99,7 +98,7 @@ impl AsyncRead for Socket {
     }
 }
 
-impl AsyncWrite for Socket {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.stream).poll_write(cx, bytes);
         self.written(cx, outcome)

@@ -3,6 +3,7 @@
 //! Called by `main`. Commands print their result to standard output and nothing else there; none of them holds a rule
 //! of the product, they call `app` and `papers`.
 
+mod artifact;
 mod check_config;
 mod clean;
 mod doctor;
@@ -16,6 +17,7 @@ mod runner;
 mod serve;
 mod table;
 mod token;
+mod usage;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -107,6 +109,11 @@ pub enum ServerCommand {
     /// Close workflow runs
     #[command(subcommand)]
     Run(run::Command),
+    /// Show what each repository takes
+    Usage,
+    /// Delete artifacts
+    #[command(subcommand)]
+    Artifact(artifact::Command),
     /// Check the configuration and print it, secrets hidden
     CheckConfig,
     /// Remove what is expired, abandoned or left over, once
@@ -180,6 +187,8 @@ impl ServerCommand {
             Self::Env(flags) => env::run(&loaded.config, flags).await?,
             Self::Keys(command) => keys::run(&loaded.config, command).await?,
             Self::Run(command) => run::run(&loaded.config, command).await?,
+            Self::Usage => usage::run(&loaded.config).await?,
+            Self::Artifact(command) => artifact::run(&loaded.config, command).await?,
             Self::CheckConfig => check_config::run(&loaded)?,
             Self::Clean => clean::run(loaded.config).await?,
             Self::Fsck(flags) => return fsck::run(loaded.config, flags).await,
@@ -284,8 +293,14 @@ mod tests {
             ),
             ("wharfinger token", ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand),
             ("wharfinger runner install /r", ErrorKind::MissingRequiredArgument),
-            ("wharfinger runner install --url https://a.example", ErrorKind::MissingRequiredArgument),
-            ("wharfinger runner install /r --url a.example", ErrorKind::ValueValidation),
+            (
+                "wharfinger runner install --url https://a.example",
+                ErrorKind::MissingRequiredArgument,
+            ),
+            (
+                "wharfinger runner install /r --url a.example",
+                ErrorKind::ValueValidation,
+            ),
             (
                 "wharfinger runner install /r --url https://a.example --uninstall",
                 ErrorKind::ArgumentConflict,

@@ -41,6 +41,17 @@ impl View {
     }
 }
 
+impl View {
+    /// All that goes by a name, for who may see everything.
+    pub fn of_operator(name: &str, issuer: Option<String>) -> Self {
+        Self {
+            name: name.to_ascii_lowercase(),
+            issuer,
+            keys: None,
+        }
+    }
+}
+
 /// An artifact as REST shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RepositoryArtifact {

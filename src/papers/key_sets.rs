@@ -20,6 +20,7 @@ use serde_json::Value;
 use tokio::sync::Mutex;
 
 use super::issuers::VerifyingKey;
+use crate::authorities;
 
 /// How often a set is refreshed in the background.
 pub(super) const EVERY_MS: i64 = 5 * 60_000;
@@ -173,20 +174,12 @@ impl KeySet {
 
 /// What asks issuers for their sets. Proxies come from the environment, as everywhere.
 pub(super) fn client(ca_file: Option<&Path>) -> Result<Client, String> {
-    let authorities = match ca_file {
-        Some(path) => {
-            std::fs::read(path).map_err(|error| format!("can't read the ca_file {}: {error}", path.display()))?
-        }
-        None => Vec::new(),
-    };
-    let authorities = reqwest::Certificate::from_pem_bundle(&authorities)
-        .map_err(|error| format!("the ca_file is not a bundle of PEM certificates: {error}"))?;
     Client::builder()
         .redirect(reqwest::redirect::Policy::none())
         .timeout(FETCH_TIMEOUT)
         // Minutes pass between two requests.
         .pool_max_idle_per_host(0)
-        .tls_certs_merge(authorities)
+        .tls_certs_merge(authorities::read(ca_file)?)
         .build()
         .map_err(|error| format!("can't set up HTTPS for the issuers' `jwks_url`: {error:?}"))
 }

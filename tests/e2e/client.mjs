@@ -300,6 +300,33 @@ const artifactCases = {
     return 'a job that is run again takes its names again; what was not run again stays'
   },
 
+  async across(root, name) {
+    // What download-artifact does with `github-token`, `repository` and `run-id`.
+    const token = process.env.WHARFINGER_TEST_API_TOKEN ?? notApplicable('has no API token')
+    const workflowRunId = Number(backendIds().workflow_run_backend_id)
+    const findBy = { token, workflowRunId, repositoryOwner: 'octo', repositoryName: 'demo' }
+    const made = await makeFiles(root, { 'a.txt': 'across', noise: 3 * MiB })
+    const uploaded = await upload(name, made)
+    const find = async () => (await client.listArtifacts({ findBy })).artifacts.filter(one => one.name === name)
+    const [found, ...more] = await find()
+    assert.equal(more.length, 0)
+    assert.equal(found.id, uploaded.id)
+    assert.equal(found.size, uploaded.size)
+    assert.equal((await client.getArtifact(name, { findBy })).artifact.id, uploaded.id)
+    const directory = temporaryDirectory()
+    await download(uploaded.id, directory, { findBy, expectedHash: uploaded.digest && `sha256:${uploaded.digest}` })
+    assertSameFiles(directory, made.hashes)
+    fs.rmSync(directory, { recursive: true })
+    // Another repository, and another run.
+    for (const other of [{ repositoryName: 'other' }, { workflowRunId: workflowRunId + 1 }]) {
+      await assert.rejects(client.getArtifact(name, { findBy: { ...findBy, ...other } }))
+    }
+    if (!since(2, 1)) return 'list, get, download'
+    await client.deleteArtifact(name, { findBy })
+    assert.deepEqual(await find(), [])
+    return 'list, get, download, delete'
+  },
+
   async beside(root) {
     const meeting = process.env.WHARFINGER_TEST_MEETING ?? notApplicable('has nobody to meet')
     // Of the same names as those of another job at the same time, and of other content.

@@ -26,7 +26,7 @@ const CLIENTS: [&str; 7] = [
     "artifact-6.2.1",
     "storage-blob",
 ];
-const CASES: [&str; 14] = [
+const CASES: [&str; 15] = [
     "small",
     "tree",
     "empty",
@@ -38,6 +38,7 @@ const CASES: [&str; 14] = [
     "killed",
     "isolation",
     "attempts",
+    "across",
     "raw",
     "blocks",
     "putblob",
@@ -114,6 +115,8 @@ async fn run_all(backend: Backend) -> Vec<Outcome> {
     let variables = vec![
         ("WHARFINGER_TEST_OTHER_TOKENS", other_identities(&server)),
         ("WHARFINGER_TEST_CACHE_TOKENS", cache_tokens(&server)),
+        ("WHARFINGER_TEST_API_TOKEN", server.api_token("octo/demo")),
+        ("GITHUB_API_URL", format!("{}/api/v3", server.url)),
     ];
     let queue = Mutex::new([&CACHE_CLIENTS[..], &CLIENTS, &FILE_CLIENTS].concat());
     let outcomes = Mutex::new(Vec::new());

@@ -6,9 +6,10 @@ use std::fs;
 use std::path::Path;
 
 /// Each module at the root of the crate, with the others that it may name.
-const MAY_NAME: [(&str, &[&str]); 14] = [
+const MAY_NAME: [(&str, &[&str]); 15] = [
     ("error", &[]),
     ("clock", &[]),
+    ("authorities", &[]),
     ("duration", &[]),
     ("failpoint", &[]),
     ("model", &["error"]),
@@ -31,7 +32,15 @@ const MAY_NAME: [(&str, &[&str]); 14] = [
     (
         "api",
         &[
-            "service", "db", "storage", "papers", "model", "error", "clock", "duration",
+            "service",
+            "db",
+            "storage",
+            "papers",
+            "model",
+            "error",
+            "clock",
+            "duration",
+            "authorities",
         ],
     ),
     // Beside the floors: it names the settings of those that have some.
@@ -51,7 +60,7 @@ const MAY_NAME: [(&str, &[&str]); 14] = [
     // The table of contents names nothing; its `mod` lines are no paths.
     ("lib", &[]),
 ];
-const BELOW_THE_MIDDLE: [&str; 5] = ["model", "error", "clock", "duration", "failpoint"];
+const BELOW_THE_MIDDLE: [&str; 6] = ["model", "error", "clock", "duration", "authorities", "failpoint"];
 
 /// Crates that only one floor may know.
 const SECRETS: [(&str, &[&str]); 6] = [

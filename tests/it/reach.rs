@@ -9,7 +9,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::common::process::{Environment, Process, free_port, node};
+use crate::tls::Authority;
 
 /// What a runner of GitHub Enterprise Server tells its jobs.
 const GHES: &str = "https://ghes.example.com";
@@ -839,25 +840,31 @@ fn doctor_looks_at_a_server_from_outside() {
 
 #[test]
 fn doctor_trusts_whom_node_trusts() {
-    let (server, port) = https_server();
+    let authority = Authority::new();
+    authority.sign(&["127.0.0.1"]);
+    let port = free_port();
     let url = format!("https://127.0.0.1:{port}");
-    let authority = e2e("tls/authority.pem");
-    let known = [("NODE_EXTRA_CA_CERTS", authority.to_str().unwrap())];
-    doctor_with(known, &["--url", &url]).assert_good(&NO_TOKEN);
+    let mut environment = authority.environment(&url);
+    environment.set("WHARFINGER_LISTEN", format!("127.0.0.1:{port}"));
+    let server = Process::start(&environment);
+    let token = server.token("octo/demo", "1", "build");
+    let ca_file = authority.ca_file();
+    let known = [
+        ("NODE_EXTRA_CA_CERTS", ca_file.to_str().unwrap()),
+        ("ACTIONS_RUNTIME_TOKEN", &token),
+    ];
+    doctor_with(known, &["--url", &url]).assert_good(&[]);
     doctor_with([("A", "b")], &["--url", &url]).assert_fails("tls", "NODE_EXTRA_CA_CERTS");
-    doctor_with([("NODE_EXTRA_CA_CERTS", "/nowhere.pem")], &["--url", &url]).assert_fails("tls", "/nowhere.pem");
+    let missing = [("NODE_EXTRA_CA_CERTS", "/nowhere.pem")];
+    doctor_with(missing, &["--url", &url]).assert_fails("tls", "/nowhere.pem");
 
     // And Node does, before it leaves a step as it was.
-    for (environment, used) in [(&known[..], true), (&[], false)] {
-        let runner = Runner::installed("t", &url, &["--fallback", "original"]);
+    let runner = Runner::installed(&token, &url, &["--fallback", "original"]);
+    for (environment, is_used) in [(&known[..1], true), (&[], false)] {
         let output = runner.action(OTHER).envs(environment.iter().copied()).output().unwrap();
-        assert_eq!(
-            stdout(&output).contains("of this step go to https://127.0.0.1"),
-            used,
-            "{output:?}"
-        );
+        let line = format!("Wharfinger: artifacts and cache of this step go to {url}\n");
+        assert_eq!(stdout(&output).contains(&line), is_used, "{output:?}");
     }
-    drop(server);
 }
 
 /// A server that is no Wharfinger: the same answer to everything.
@@ -902,34 +909,4 @@ impl Drop for Stranger {
         let _ = TcpStream::connect(self.url.strip_prefix("http://").unwrap());
         let _ = self.answering.take().map(JoinHandle::join);
     }
-}
-
-/// Ends with the test.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// What says that it is a Wharfinger, with a certificate of an authority that nobody knows.
-fn https_server() -> (Killed, u16) {
-    let script = "const pem = require('fs').readFileSync(process.argv[1])
-        const server = require('https').createServer({ key: pem, cert: pem }, (_, reply) => reply.end('{\"name\":\"wharfinger\",\"version\":\"0\"}'))
-        server.listen(0, '127.0.0.1', () => console.log(server.address().port))";
-    let mut child = Command::new(node())
-        .env_remove("NODE_OPTIONS")
-        .args(["-e", script])
-        .arg(e2e("tls/server.pem"))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap())
-        .read_line(&mut line)
-        .unwrap();
-    (Killed(child), line.trim().parse().unwrap())
 }

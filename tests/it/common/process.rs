@@ -219,6 +219,21 @@ impl Process {
         self.mint(repository, run, job, ["--attempt", &attempt.to_string()])
     }
 
+    /// An API token that may write to a repository.
+    pub fn api_token(&self, repository: &str) -> String {
+        let arguments = [
+            "token",
+            "create",
+            "--name",
+            "test",
+            "--access",
+            "write",
+            "--repository",
+            repository,
+        ];
+        self.environment.output(&arguments).trim().to_owned()
+    }
+
     fn mint(&self, repository: &str, run: &str, job: &str, more: [&str; 2]) -> String {
         let ids = ["--repository", repository, "--run-id", run, "--job-id", job];
         let arguments = [&["token", "mint"][..], &ids, &more].concat();
