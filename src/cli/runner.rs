@@ -376,3 +376,37 @@ fn remove(path: &Path) -> anyhow::Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn node_options_are_split_as_node_does() {
+        for path in [
+            "/opt/actions-runner/wharfinger.cjs",
+            "/Users/ci/my runner/wharfinger.cjs",
+            r"C:\actions-runner\wharfinger.cjs",
+            r"C:\my runner\wharfinger.cjs",
+        ] {
+            for before in ["", "--max-old-space-size=4096", "--require=./a.cjs -r \"b c.cjs\""] {
+                let options = with_preload(before, path);
+                assert!(options.starts_with(before), "{options}");
+                assert_eq!(preloads(&options).last().map(String::as_str), Some(path));
+                // Once is enough.
+                assert_eq!(with_preload(&options, path), options);
+            }
+        }
+        assert_eq!(
+            preloads("--require=./a.cjs -r \"b c.cjs\" --require"),
+            ["./a.cjs", "b c.cjs"]
+        );
+    }
+
+    #[test]
+    fn the_last_line_for_a_variable_counts() {
+        let env = "A=1\n#A=2\nAB=3\nA=4=5 \n";
+        assert_eq!(value_of(env, "A"), Some("4=5 "));
+        assert_eq!(value_of(env, "B"), None);
+    }
+}
