@@ -3,6 +3,7 @@
 # the input is then in artifacts/<target>/, and `run.sh <target> <file>` runs it again.
 # What is found on the way stays in corpus/<target>/, so the next run goes on from there.
 set -eu
+[ ! -f "${2:-}" ] || set -- "$1" "$(realpath "$2")"
 cd "$(dirname "$0")"
 seconds=${FUZZ_SECONDS:-60}
 
@@ -29,8 +30,10 @@ seed() {
     done
 }
 seed block_list ../src/api/block_list.rs
+seed client ../src/api/client.rs
 seed content_range ../src/api/content_range.rs
 seed item_path ../src/api/item_path.rs
+seed key_set ../src/papers/key_sets/tests.rs
 seed link ../src/papers/links.rs
 seed range ../src/api/range.rs
 seed token ../src/papers/tokens/tests.rs

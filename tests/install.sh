@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and is missing: a C compiler, Node, Postgres, gh, the real clients.
+# Installs what the tests need and is missing: a C compiler, Cargo's tools, Node, Postgres, gh, the real clients.
 # `install.sh seaweedfs`: and an S3 server and an S3 client of other people, for `make test-long`.
 # `install.sh bench`: and the servers that `make bench` compares with; none of them is started here.
 # `install.sh fuzz`: only what builds the fuzz targets.
@@ -7,6 +7,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+deny_version=0.20.2
+machete_version=0.9.2
 node_version=24.19.0
 postgres_version=17.10.0-beta.17
 gh_version=2.103.3
@@ -40,6 +42,21 @@ if [ "${1:-}" = fuzz ]; then
 fi
 # The cache clients take gzip where there is no zstd: slower, and not what they do on a runner.
 command -v zstd >/dev/null || [ "$(id -u)" != 0 ] || apt_install zstd
+
+# Built for little time, not for speed: they run for seconds.
+cargo_install() {
+    [ "$(".tools/cargo/bin/$1" --version 2>/dev/null | sed 's/.* //')" != "$2" ] || return 0
+    say "$1 $2, built from source: a few minutes"
+    CARGO_PROFILE_DEV_DEBUG=none CARGO_INCREMENTAL=0 \
+        cargo install -q --locked --debug --force --root .tools/cargo "$1@$2" || fail "could not install $1"
+}
+# `make test` alone checks the dependencies.
+if [ -z "${1:-}" ]; then
+    cargo_install cargo-deny $deny_version
+    cargo_install cargo-machete $machete_version
+    # Those of other platforms, too, which no build here brings.
+    cargo fetch -q --locked
+fi
 
 pip_install() {
     python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip
@@ -140,8 +157,8 @@ fi
 # The clients. No install scripts: none of them needs any.
 cd tests/e2e
 stamp=node_modules/.installed
-if ! [ $stamp -nt package-lock.json ] || ! [ $stamp -nt package.json ]; then
+if ! cmp -s package-lock.json $stamp; then
     say "npm ci in tests/e2e"
     npm ci --ignore-scripts --include=dev --no-audit --no-fund --loglevel=error >&2 || fail "npm ci failed"
-    touch $stamp
+    cp package-lock.json $stamp
 fi

@@ -11,8 +11,14 @@ fuzz_target!(|header: &str| {
     };
     let (bytes, total) = (range.bytes.clone(), range.total_bytes);
     assert!(i64::try_from(bytes.end).is_ok(), "{range:?}");
-    assert!(total.is_none_or(|total| bytes.end <= total && i64::try_from(total).is_ok()), "{range:?}");
-    assert!(bytes.start < bytes.end || (bytes.end, total) == (0, Some(0)), "{range:?}");
+    assert!(
+        total.is_none_or(|total| bytes.end <= total && i64::try_from(total).is_ok()),
+        "{range:?}"
+    );
+    assert!(
+        bytes.start < bytes.end || (bytes.end, total) == (0, Some(0)),
+        "{range:?}"
+    );
     // Written in its one canonical way, it says the same.
     let total = total.map_or("*".to_owned(), |total| total.to_string());
     let written = format!("bytes {}-{}/{total}", bytes.start, i128::from(bytes.end) - 1);

@@ -29,6 +29,7 @@ fuzz_target!(|text: &str| {
         text.bytes()
             .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
     };
+    // The other issuer has no secret.
     assert_eq!(caller.run.issuer, "forge");
     assert!(
         word(&caller.run.run_backend_id) && word(&caller.job_backend_id),

@@ -4,9 +4,22 @@ pub use super::block_list::parse as block_list;
 pub use super::content_range::parse as content_range;
 pub use super::range::parse as range;
 
+use std::net::IpAddr;
+
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use ipnet::IpNet;
+
 use super::artifacts_v4::{CreateArtifactRequest, FinalizeArtifactRequest, ListArtifactsRequest, NamedArtifactRequest};
 use super::cache_v2::{CreateCacheEntryRequest, FinalizeCacheEntryUploadRequest, GetCacheEntryDownloadUrlRequest};
+use super::client::Client;
 use super::{item_path, twirp};
+
+/// Who called, as far as the peer may be believed.
+pub fn client(peer: IpAddr, header: &'static str, value: &str, trusted_proxies: &[IpNet]) -> IpAddr {
+    let value = HeaderValue::from_str(value).into_iter();
+    let headers: HeaderMap = value.map(|value| (HeaderName::from_static(header), value)).collect();
+    Client::of(peer, &headers, trusted_proxies).0
+}
 
 /// Reads a query's `itemPath`: the artifact, and what is below it.
 pub fn item_path(query: &str) -> Option<(String, String)> {

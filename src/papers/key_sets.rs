@@ -233,7 +233,7 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
 }
 
 /// The keys of a set that can be used, of which there must be one.
-fn parse(issuer: &str, text: &[u8]) -> Result<Arc<[VerifyingKey]>, String> {
+pub(super) fn parse(issuer: &str, text: &[u8]) -> Result<Arc<[VerifyingKey]>, String> {
     /// Each key is read by itself, so that one that can't be does not hide the others.
     #[derive(Deserialize)]
     struct JwkSet {

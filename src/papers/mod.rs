@@ -7,6 +7,8 @@
 
 mod api_tokens;
 mod closed_runs;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod issuers;
 mod key_sets;
 mod keys;

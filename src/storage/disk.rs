@@ -288,7 +288,8 @@ impl Disk {
 
     pub(super) async fn check(&self) -> Result<()> {
         let root = self.0.root.clone();
-        blocking(move || probe(&root)).await.map_err(|error| match error {
+        let probing = blocking(move || probe(&root).and_then(|file| check_room(&file)));
+        probing.await.map_err(|error| match error {
             Error::NotFound(_) => Error::Busy("the directory of the store is gone: is its disk mounted?".into()),
             error => error,
         })
@@ -335,7 +336,7 @@ fn prepare_root(root: &Path) -> std::result::Result<(), OpenError> {
         .into_iter()
         .flatten()
         .try_for_each(sync_directory)
-        .and_then(|()| probe(root))
+        .and_then(|()| probe(root).map(drop))
         .map_err(|error| {
             OpenError(format!(
                 "can't write to {shown} ({error}): let the server's user write there"
@@ -344,14 +345,15 @@ fn prepare_root(root: &Path) -> std::result::Result<(), OpenError> {
 }
 
 /// Makes and removes an empty file, which a full disk still allows.
-fn probe(root: &Path) -> io::Result<()> {
+fn probe(root: &Path) -> io::Result<File> {
     let path = root.join(format!("probe-{}", Uuid::now_v7()));
-    OpenOptions::new()
+    let file = OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(&path)?;
-    fs::remove_file(path)
+    fs::remove_file(path)?;
+    Ok(file)
 }
 
 /// A file that is being written. It is removed again unless its `file` is taken out.

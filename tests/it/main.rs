@@ -14,11 +14,13 @@ mod common;
 mod crash;
 mod credentials;
 mod db_contract;
+mod deploy;
 mod faults;
 mod fsck;
 mod ghac;
 mod go_cache;
 mod growth;
+mod handover;
 mod key_sets;
 #[cfg(feature = "failpoints")]
 mod kill_matrix;

@@ -67,11 +67,15 @@ async fn a_full_disk_puts_uploads_off_and_deleting_makes_room() {
         fill(&client, size_bytes).await;
     }
     client.check_ledger().await;
+    let readiness = format!("{}/readyz", server.internal_url);
+    let ready = async || reqwest::get(&readiness).await.unwrap().text().await.unwrap();
+    assert!(ready().await.contains("store: "), "{}", ready().await);
     for i in 0..large {
         let reply = client.delete(&format!("fill-{}-{i}", 8 * MIB)).await;
         assert_eq!(reply.status, 200, "deleting on a full disk: {reply}");
     }
     environment.output(&["clean"]);
+    assert!(ready().await.contains("\"ready\":true"), "{}", ready().await);
     client.upload("again", &content(7, 20 * MIB), 8 * MIB).await.unwrap();
     client.check_ledger().await;
     environment.output(&["fsck", "--deep"]);
