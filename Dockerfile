@@ -8,6 +8,7 @@ COPY Cargo.toml Cargo.lock build.rs ./
 COPY src src
 COPY config config
 COPY migrations migrations
+COPY runner runner
 # The caches stay on the build machine, apart for each architecture; the binary is copied out of them.
 ARG TARGETARCH
 RUN --mount=type=cache,target=/usr/local/cargo/registry \

@@ -5,8 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::anyhow;
 use clap::Parser as _;
+use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
-use wharfinger::cli::{self, Cli};
+use wharfinger::cli::{self, Cli, Command};
 use wharfinger::config::{Config, LogFormat, LogSettings};
 use wharfinger::failpoint;
 
@@ -26,16 +27,23 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
-    let loaded = Config::load(&cli.overrides(), cli::environment()?)?;
-    start_tracing(&loaded.config.log)?;
-    failpoint::arm();
-    for warning in &loaded.warnings {
-        tracing::warn!("{warning}");
+    let settings = cli.overrides();
+    match cli.into_command() {
+        Command::OnRunner(command) => runtime()?.block_on(command.run()),
+        Command::OnServer(command) => {
+            let loaded = Config::load(&settings, cli::environment()?)?;
+            start_tracing(&loaded.config.log)?;
+            failpoint::arm();
+            for warning in &loaded.warnings {
+                tracing::warn!("{warning}");
+            }
+            runtime()?.block_on(command.run(loaded))
+        }
     }
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?
-        .block_on(cli.run(loaded))
+}
+
+fn runtime() -> io::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
 }
 
 /// To standard error: standard output belongs to what commands print.

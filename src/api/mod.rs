@@ -192,6 +192,7 @@ pub fn public(context: Context) -> UrlMap {
         patch(cache_v1::upload_chunk).post(cache_v1::commit).fallback(not_found),
     )
     // Wharfinger's own.
+    .route(Anyone, "/api/v1/version", None, get(ops::version).fallback(not_found))
     .route(
         RuntimeToken,
         "/api/v1/job/close",

@@ -1,6 +1,6 @@
-//! Health, readiness and metrics, on the internal listener.
+//! Health, readiness and metrics, on the internal listener; and on the public one, who answers there.
 //!
-//! Served by `app` on an address that only operators and orchestrators reach. Health never asks the database, so
+//! Served by `app`; only operators and orchestrators reach the internal address. Health never asks the database, so
 //! that an outage of it does not restart every replica.
 
 use std::sync::Arc;
@@ -29,6 +29,11 @@ pub struct Operations {
     pub draining: Arc<AtomicBool>,
     /// Absent where a test runs several servers in one process.
     pub metrics: Option<PrometheusHandle>,
+}
+
+/// `GET /api/v1/version`: how `wharfinger doctor` and the runner's preload know that they reached a Wharfinger.
+pub async fn version() -> Json<Value> {
+    Json(json!({ "name": env!("CARGO_PKG_NAME"), "version": env!("CARGO_PKG_VERSION") }))
 }
 
 pub async fn healthz() -> &'static str {

@@ -6,12 +6,14 @@
 mod artifact;
 mod check_config;
 mod clean;
+mod doctor;
 mod env;
 mod fsck;
 mod health;
 mod keys;
 mod migrate;
 mod run;
+mod runner;
 mod serve;
 mod table;
 mod token;
@@ -74,7 +76,26 @@ struct SettingFlags {
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+pub enum Command {
+    #[command(flatten)]
+    OnServer(ServerCommand),
+    #[command(flatten)]
+    OnRunner(RunnerCommand),
+}
+
+/// What runs beside jobs, where no server's configuration is.
+#[derive(Debug, Subcommand)]
+pub enum RunnerCommand {
+    /// Point a GitHub Actions runner at a server
+    #[command(subcommand)]
+    Runner(runner::Command),
+    /// Tell whether this job's artifacts and caches go to Wharfinger, and why not
+    Doctor(doctor::Flags),
+}
+
+/// What needs the configuration.
+#[derive(Debug, Subcommand)]
+pub enum ServerCommand {
     /// Run the server (what happens without a command)
     Serve,
     /// Make tokens: runtime tokens for jobs, API tokens for people and automation
@@ -129,35 +150,52 @@ impl Cli {
         }
     }
 
+    /// What is to be done.
+    pub fn into_command(self) -> Command {
+        self.command.unwrap_or(Command::OnServer(ServerCommand::Serve))
+    }
+
+    /// What a command that could not do its work exits with: for `fsck`, 1 says that something is wrong.
+    pub fn failure(&self) -> ExitCode {
+        let is_fsck = matches!(self.command, Some(Command::OnServer(ServerCommand::Fsck(_))));
+        ExitCode::from(if is_fsck { 2 } else { 1 })
+    }
+}
+
+impl RunnerCommand {
+    /// Does what the command says.
+    ///
+    /// # Errors
+    /// One sentence for whoever typed it, maybe with its cause behind a colon.
+    pub async fn run(self) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Runner(command) => runner::run(command).map(|()| ExitCode::SUCCESS),
+            Self::Doctor(flags) => doctor::run(flags).await,
+        }
+    }
+}
+
+impl ServerCommand {
     /// Does what the command says.
     ///
     /// # Errors
     /// One sentence for whoever typed it, maybe with its cause behind a colon.
     pub async fn run(self, loaded: Loaded) -> anyhow::Result<ExitCode> {
-        match self.command.unwrap_or(Command::Serve) {
-            Command::Serve => serve::run(loaded.config).await?,
-            Command::Token(command) => token::run(&loaded.config, command).await?,
-            Command::Env(flags) => env::run(&loaded.config, flags).await?,
-            Command::Keys(command) => keys::run(&loaded.config, command).await?,
-            Command::Run(command) => run::run(&loaded.config, command).await?,
-            Command::Usage => usage::run(&loaded.config).await?,
-            Command::Artifact(command) => artifact::run(&loaded.config, command).await?,
-            Command::CheckConfig => check_config::run(&loaded)?,
-            Command::Clean => clean::run(loaded.config).await?,
-            Command::Fsck(flags) => return fsck::run(loaded.config, flags).await,
-            Command::Migrate => migrate::run(loaded.config).await?,
-            Command::Health => health::run(&loaded.config).await?,
+        match self {
+            Self::Serve => serve::run(loaded.config).await?,
+            Self::Token(command) => token::run(&loaded.config, command).await?,
+            Self::Env(flags) => env::run(&loaded.config, flags).await?,
+            Self::Keys(command) => keys::run(&loaded.config, command).await?,
+            Self::Run(command) => run::run(&loaded.config, command).await?,
+            Self::Usage => usage::run(&loaded.config).await?,
+            Self::Artifact(command) => artifact::run(&loaded.config, command).await?,
+            Self::CheckConfig => check_config::run(&loaded)?,
+            Self::Clean => clean::run(loaded.config).await?,
+            Self::Fsck(flags) => return fsck::run(loaded.config, flags).await,
+            Self::Migrate => migrate::run(loaded.config).await?,
+            Self::Health => health::run(&loaded.config).await?,
         }
         Ok(ExitCode::SUCCESS)
-    }
-
-    /// What a command that could not do its work exits with: for `fsck`, 1 says that something is wrong.
-    pub fn failure(&self) -> ExitCode {
-        ExitCode::from(if matches!(self.command, Some(Command::Fsck(_))) {
-            2
-        } else {
-            1
-        })
     }
 }
 
@@ -206,7 +244,7 @@ mod tests {
         assert!(parse("wharfinger").unwrap().command.is_none());
         assert!(matches!(
             parse("wharfinger serve").unwrap().command,
-            Some(Command::Serve)
+            Some(Command::OnServer(ServerCommand::Serve))
         ));
     }
 
@@ -254,6 +292,19 @@ mod tests {
                 ErrorKind::MissingRequiredArgument,
             ),
             ("wharfinger token", ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand),
+            ("wharfinger runner install /r", ErrorKind::MissingRequiredArgument),
+            (
+                "wharfinger runner install --url https://a.example",
+                ErrorKind::MissingRequiredArgument,
+            ),
+            (
+                "wharfinger runner install /r --url a.example",
+                ErrorKind::ValueValidation,
+            ),
+            (
+                "wharfinger runner install /r --url https://a.example --uninstall",
+                ErrorKind::ArgumentConflict,
+            ),
             (
                 "wharfinger env --repository a/b --run-id 1 --job-id b --ttl 6",
                 ErrorKind::ValueValidation,

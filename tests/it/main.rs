@@ -29,6 +29,7 @@ mod log;
 mod model;
 mod pass_through;
 mod races;
+mod reach;
 mod replicas;
 mod rest;
 mod restore;

@@ -20,13 +20,13 @@ use super::common::raw::converse;
 const HOST: &str = "wharfinger.test";
 
 /// A certificate authority of the test's own, and where it puts what it signs.
-struct Authority {
+pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     directory: TempDir,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params
@@ -38,7 +38,7 @@ impl Authority {
         Self { issuer, directory }
     }
 
-    fn ca_file(&self) -> PathBuf {
+    pub fn ca_file(&self) -> PathBuf {
         self.directory.path().join("ca.pem")
     }
 
@@ -50,7 +50,7 @@ impl Authority {
     }
 
     /// Puts a fresh certificate for `names` where the server looks.
-    fn sign(&self, names: &[&str]) {
+    pub fn sign(&self, names: &[&str]) {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let key = KeyPair::generate().unwrap();
         let certificate = CertificateParams::new(names)
@@ -61,7 +61,7 @@ impl Authority {
         std::fs::write(self.settings().cert_file, certificate.pem()).unwrap();
     }
 
-    fn environment(&self, public_url: &str) -> Environment {
+    pub fn environment(&self, public_url: &str) -> Environment {
         let mut environment = Environment::embedded(&self.directory.path().join("data")).listening();
         let Settings { cert_file, key_file } = self.settings();
         environment.set("WHARFINGER_TLS__CERT_FILE", cert_file.display());
