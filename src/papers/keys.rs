@@ -57,7 +57,7 @@ impl KeyRing {
         let mut live: Vec<_> = keys.iter().filter(is_live).collect();
         live.sort_by_key(|key| key.signs_from_ms);
         let Some(active) = live.iter().rposition(|key| key.signs_from_ms <= now_ms) else {
-            return Err("the key ring has no key that signs: `wharfinger keys rotate --after 0s` makes one".into());
+            return Err("no signing key signs by now: is this machine's clock right?".into());
         };
         let keys = live.iter().map(|key| Key::derive(root, &key.id));
         Ok(Self {
@@ -128,7 +128,7 @@ pub(super) mod tests {
         let keys = [retired, second];
         assert_eq!(state(&keys, 2999), ids("2", "1,2"));
         assert_eq!(state(&keys, 3000), ids("2", "2"));
-        assert!(state(&keys[..1], 3000).unwrap_err().contains("keys rotate"));
+        assert!(state(&keys[..1], 3000).unwrap_err().contains("clock"));
     }
 
     #[test]
