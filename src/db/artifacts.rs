@@ -430,10 +430,33 @@ impl Db {
         name: &str,
         now_ms: i64,
     ) -> Result<Option<NewestArtifact>> {
-        let rows = self.seen(principal, Some(name), None, 1, now_ms).await?;
-        Ok(rows.first().map(|row| NewestArtifact {
-            id: ArtifactId(row.0),
-            blob: BlobId(row.1),
+        if principal.run_attempt > 1 {
+            let rows = self.seen(principal, Some(name), None, 1, now_ms).await?;
+            return Ok(rows.first().map(|row| NewestArtifact {
+                id: ArtifactId(row.0),
+                blob: BlobId(row.1),
+            }));
+        }
+        // A first attempt's is found by its key alone, at half the cost.
+        let run = &principal.run;
+        let row: Option<(i64, Uuid)> = on!(self, readers, |conn| {
+            sqlx::query_as(
+                "SELECT id, blob_id FROM artifacts
+                 WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND name = $4 AND run_attempt = $5
+                     AND state = 'finalized' AND expires_at_ms > $6",
+            )
+            .bind(&run.issuer)
+            .bind(&run.repository)
+            .bind(&run.run_backend_id)
+            .bind(name)
+            .bind(principal.run_attempt)
+            .bind(now_ms)
+            .fetch_optional(conn)
+            .await?
+        });
+        Ok(row.map(|(id, blob)| NewestArtifact {
+            id: ArtifactId(id),
+            blob: BlobId(blob),
         }))
     }
 
