@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use wharfinger::api::pass_through::Settings;
 
 use super::cache_api::{CacheJob, VERSION};
-use super::common::client::{Runner, Status, run_client};
+use super::common::client::{Runner, succeed};
 use super::common::process::{Environment, Process};
 use super::common::raw::{exchange, request};
 use super::common::{Backend, TestServer};
@@ -286,13 +286,7 @@ async fn two_servers_share_the_work() {
             token: token.clone(),
             variables: Vec::new(),
         };
-        let outcomes = tokio::task::spawn_blocking(move || run_client(&runner, client, cases))
-            .await
-            .unwrap();
-        assert!(
-            outcomes.iter().all(|outcome| outcome.status == Status::Ok),
-            "{outcomes:#?}"
-        );
+        succeed(&runner, client, cases).await;
     }
     let count = |server: &Process| {
         let usage = server.environment.output(&["usage"]);

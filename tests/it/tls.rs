@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 use wharfinger::api::tls::{Settings, Tls};
 
-use super::common::client::{Runner, Status, run_client};
+use super::common::client::{Runner, Status, run_client, succeed};
 use super::common::process::{Environment, Process, free_port};
 use super::common::raw::converse;
 
@@ -102,14 +102,7 @@ async fn clients_speak_it_and_certificates_change_under_them() {
         variables: vec![("NODE_EXTRA_CA_CERTS", authority.ca_file().display().to_string())],
     };
     for (client, cases) in [("artifact-6.2.1", "small,tree"), ("cache-6.3.0-v2", "exact")] {
-        let runner = runner.clone();
-        let outcomes = tokio::task::spawn_blocking(move || run_client(&runner, client, cases))
-            .await
-            .unwrap();
-        assert!(
-            outcomes.iter().all(|outcome| outcome.status == Status::Ok),
-            "{outcomes:#?}"
-        );
+        succeed(&runner, client, cases).await;
     }
 
     // Who does not speak it, or not to the end, is cut off, and nobody else notices.

@@ -91,3 +91,12 @@ pub fn run_client(runner: &Runner, client: &str, cases: &str) -> Vec<Outcome> {
     }
     outcomes
 }
+
+/// As [`run_client`], for cases that must all succeed.
+pub async fn succeed(runner: &Runner, client: &'static str, cases: &'static str) {
+    let runner = runner.clone();
+    let running = tokio::task::spawn_blocking(move || run_client(&runner, client, cases));
+    let outcomes = running.await.unwrap();
+    let all_ok = outcomes.iter().all(|outcome| outcome.status == Status::Ok);
+    assert!(all_ok, "{outcomes:#?}");
+}
