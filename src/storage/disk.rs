@@ -1,11 +1,11 @@
 //! Objects as files on a local disk: `<data dir>/objects/blobs/<blob id>/<uuid>`.
 //!
-//! Only `storage/mod.rs` calls this. Never does file work on an async thread, never maps files into memory, never
+//! Only `storage/mod.rs` calls this. Never waits for the disk on an async thread, never maps files into memory, never
 //! takes a name from a client: paths are made of the server's own ids, so nothing leads out of the root.
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, DirEntry, File, OpenOptions};
-use std::io::{self, IoSlice, Read, Seek, SeekFrom, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -22,22 +22,26 @@ use uuid::Uuid;
 
 use super::buffers::Buffers;
 use super::intake::Intake;
-use super::{Durability, Listed, MARKER, MARKER_MAX_BYTES, OpenError, damage};
+use super::pace::Pace;
+use super::{Durability, Listed, MARKER, MARKER_MAX_BYTES, OpenError, damage, fetch, page_cache};
 use crate::error::{Error, Result};
 use crate::model::{BlobId, ObjectKey};
 
 /// Enough for one trip to a blocking thread; more only costs memory.
 const WRITE_BATCH_BYTES: usize = 256 * 1024;
+/// Enough for one write in place, of bytes that a core's own cache still has.
+const IN_PLACE_BYTES: usize = 64 * 1024;
 /// What the kernel takes in one vectored write, and the bound on what a body of tiny frames can pile up.
 const WRITE_BATCH_FRAMES: usize = 1024;
-/// 64 KiB measured twice the CPU time.
-pub(super) const READ_CHUNK_BYTES: usize = 1024 * 1024;
 /// Files that are held open while they are synced in the background. When all are taken, the block list syncs the rest.
 const BACKGROUND_SYNCS: usize = 64;
 /// Syncs that one block list waits for at a time.
 const LIST_SYNCS: usize = 16;
 /// Finished syncs to remember for the list that will ask. Forgetting one costs a second, cheap sync.
 const REMEMBERED_SYNCS: usize = 100_000;
+
+/// A list of so few blocks is looked at in place.
+const FEW_BLOCKS: usize = 16;
 
 /// Left free on the disk: without room for the database nothing could be deleted, and a full disk would stay full.
 const RESERVED_BYTES: u64 = 16 * 1024 * 1024;
@@ -53,6 +57,7 @@ struct Inner {
     syncs: Mutex<HashMap<ObjectKey, Arc<OnceCell<()>>>>,
     slots: Arc<Semaphore>,
     buffers: Buffers,
+    pace: Pace,
 }
 
 impl Disk {
@@ -63,7 +68,8 @@ impl Disk {
             durability,
             syncs: Mutex::default(),
             slots: Arc::new(Semaphore::new(BACKGROUND_SYNCS)),
-            buffers: Buffers::new(READ_CHUNK_BYTES),
+            buffers: Buffers::new(fetch::CHUNK_BYTES),
+            pace: Pace::default(),
         }));
         match spawn_blocking(move || prepare_root(&root)).await {
             Ok(result) => result.map(|()| disk),
@@ -85,21 +91,12 @@ impl Disk {
             file: None,
         };
         loop {
-            let frames = match batch(&mut intake).await {
-                Ok(frames) => frames,
-                Err(error) => {
-                    blocking(move || partial.remove()).await?;
-                    return Err(error);
-                }
-            };
-            partial = blocking(move || partial.append(&frames))
-                .await
-                .map_err(|error| match error {
-                    Error::NotFound(_) => {
-                        Error::Internal("the directory of the store is gone: is its disk mounted?".into())
-                    }
-                    error => error,
-                })?;
+            let outcome;
+            (partial, outcome) = self.put_some(partial, &mut intake).await?;
+            if let Err(error) = outcome {
+                blocking(move || partial.remove()).await?;
+                return Err(error);
+            }
             intake.taken();
             if intake.is_complete() {
                 break;
@@ -113,12 +110,35 @@ impl Disk {
         Ok(intake.crc64())
     }
 
+    /// Writes what comes next: on this thread as long as that is a copy into the page cache and no more. A new file is
+    /// always for a blocking thread, since the file system may have to read or to wait for its journal.
+    async fn put_some(&self, mut partial: Partial, intake: &mut Intake) -> Result<(Partial, Result<()>)> {
+        let in_place = partial.file.is_some() && self.0.pace.is_quick();
+        let frames = match batch(intake, if in_place { IN_PLACE_BYTES } else { WRITE_BATCH_BYTES }).await {
+            Ok(frames) => frames,
+            Err(error) => return Ok((partial, Err(error))),
+        };
+        let disk = self.clone();
+        let append = move || {
+            let outcome = disk.0.pace.watch(|| partial.append(&frames));
+            (partial, outcome.map_err(put_failed))
+        };
+        if in_place {
+            Ok(append())
+        } else {
+            spawn_blocking(append).await.map_err(task_failed)
+        }
+    }
+
     pub(super) async fn make_durable(&self, blob: BlobId, blocks: &[(ObjectKey, u64)]) -> Result<()> {
         if blocks.is_empty() {
             return Ok(());
         }
-        let (disk, expected) = (self.clone(), blocks.to_vec());
-        blocking(move || Ok(disk.check_sizes(&expected))).await??;
+        let is_there = |(key, size_bytes): &(ObjectKey, u64)| page_cache::len(&self.path(key)) == Some(*size_bytes);
+        if blocks.len() > FEW_BLOCKS || !blocks.iter().all(is_there) {
+            let (disk, expected) = (self.clone(), blocks.to_vec());
+            blocking(move || Ok(disk.check_sizes(&expected))).await??;
+        }
         if self.0.durability == Durability::Process {
             return Ok(());
         }
@@ -188,24 +208,8 @@ impl Disk {
         self.0.syncs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One chunk is read ahead of the consumer. The first trip opens the file, checks its length and reads.
     pub(super) fn fetch(&self, key: &ObjectKey, range: Range<u64>) -> BoxStream<'static, Result<Bytes>> {
-        let (path, buffers) = (self.path(key), self.0.buffers.clone());
-        let first = spawn_blocking(move || match Rest::open(&path, range, buffers)? {
-            Some(rest) => rest.read().map(Some),
-            None => Ok(None),
-        });
-        stream::try_unfold(Some(first), |reading| async {
-            let Some(reading) = reading else {
-                return Ok(None);
-            };
-            let Some((chunk, rest)) = reading.await.map_err(task_failed)?? else {
-                return Ok(None);
-            };
-            let next = (rest.left > 0).then(|| spawn_blocking(move || rest.read().map(Some)));
-            Ok(Some((chunk, next)))
-        })
-        .boxed()
+        fetch::chunks(self.path(key), range, self.0.buffers.clone())
     }
 
     pub(super) async fn delete(&self, key: &ObjectKey) -> Result<()> {
@@ -364,18 +368,7 @@ struct Partial {
 }
 
 impl Partial {
-    /// Comes back only when all went well; otherwise there is no file any more.
-    fn append(mut self, frames: &[Bytes]) -> io::Result<Self> {
-        match self.try_append(frames) {
-            Ok(()) => Ok(self),
-            Err(error) => {
-                self.remove()?;
-                Err(error)
-            }
-        }
-    }
-
-    fn try_append(&mut self, frames: &[Bytes]) -> io::Result<()> {
+    fn append(&mut self, frames: &[Bytes]) -> io::Result<()> {
         let file = match &mut self.file {
             Some(file) => file,
             None => self.file.insert(create(&self.path)?),
@@ -412,11 +405,11 @@ impl Drop for Partial {
     }
 }
 
-/// Frames worth one trip to a blocking thread; fewer only at the end of the body.
-async fn batch(intake: &mut Intake) -> Result<Vec<Bytes>> {
+/// Frames of so many bytes together, or a little more; fewer only at the end of the body.
+async fn batch(intake: &mut Intake, wanted: usize) -> Result<Vec<Bytes>> {
     let mut frames = Vec::new();
     let mut bytes = 0;
-    while bytes < WRITE_BATCH_BYTES && frames.len() < WRITE_BATCH_FRAMES {
+    while bytes < wanted && frames.len() < WRITE_BATCH_FRAMES {
         let Some(frame) = intake.next().await? else {
             break;
         };
@@ -481,39 +474,6 @@ fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// What is still to be read of a range of a file.
-struct Rest {
-    file: File,
-    left: u64,
-    buffers: Buffers,
-}
-
-impl Rest {
-    /// `None` when the file is too short for the range.
-    fn open(path: &Path, range: Range<u64>, buffers: Buffers) -> io::Result<Option<Self>> {
-        let mut file = File::open(path)?;
-        if file.metadata()?.len() < range.end {
-            return Ok(None);
-        }
-        file.seek(SeekFrom::Start(range.start))?;
-        Ok(Some(Self {
-            file,
-            left: range.end - range.start,
-            buffers,
-        }))
-    }
-
-    /// The next chunk. It comes out short, with nothing left, if the file has shrunk meanwhile.
-    fn read(mut self) -> io::Result<(Bytes, Self)> {
-        let wanted = self.left.min(READ_CHUNK_BYTES as u64);
-        // `take` with room for just as much reads into the spare capacity: no zeroing, no growing.
-        let mut chunk = self.buffers.take(usize::try_from(wanted).unwrap_or_default());
-        let got = (&self.file).take(wanted).read_to_end(&mut chunk.bytes)? as u64;
-        self.left = if got == wanted { self.left - got } else { 0 };
-        Ok((chunk.freeze(), self))
-    }
-}
-
 /// What is in a directory; nothing if there is no directory.
 fn entries(directory: &Path) -> io::Result<impl Iterator<Item = io::Result<DirEntry>>> {
     match fs::read_dir(directory) {
@@ -564,6 +524,13 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
     Ok(spawn_blocking(work).await.map_err(task_failed)??)
 }
 
-fn task_failed(error: tokio::task::JoinError) -> Error {
+fn put_failed(error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::NotFound => Error::Internal("the directory of the store is gone: is its disk mounted?".into()),
+        _ => error.into(),
+    }
+}
+
+pub(super) fn task_failed(error: tokio::task::JoinError) -> Error {
     Error::Internal(format!("a background task of the store failed: {error}"))
 }
