@@ -1,4 +1,4 @@
-//! Objects as files on a local disk: `<data dir>/objects/blobs/<blob id>/<uuid>`.
+//! Objects as files on a local disk: `<data dir>/objects/blobs/<moment>/<blob id>.<uuid>`.
 //!
 //! Only `storage/mod.rs` calls this. Never waits for the disk on an async thread, never maps files into memory, never
 //! takes a name from a client: paths are made of the server's own ids, so nothing leads out of the root.
@@ -40,6 +40,10 @@ const LIST_SYNCS: usize = 16;
 /// Finished syncs to remember for the list that will ask. Forgetting one costs a second, cheap sync.
 const REMEMBERED_SYNCS: usize = 100_000;
 
+/// How much of a blob's id names its directory. Ids begin with their time, and these are of the same 256 ms.
+const MOMENT_CHARACTERS: usize = "01234567-89".len();
+/// How often a directory is made again that the cleaner takes away, empty, before it has its file.
+const CREATE_TRIES: usize = 3;
 /// A list of so few blocks is looked at in place.
 const FEW_BLOCKS: usize = 16;
 
@@ -78,11 +82,17 @@ impl Disk {
     }
 
     fn path(&self, key: &ObjectKey) -> PathBuf {
-        self.0.root.join(key.as_str())
+        let blob = key.blob();
+        let name = key.as_str().replace(&ObjectKey::prefix(blob), &format!("{blob}."));
+        self.directory(blob).join(name)
     }
 
+    /// Shared by the blobs of a moment. To make one for each of many small blobs would take longer than to write them;
+    /// in one for very many, a blob's own files could not be found quickly.
     fn directory(&self, blob: BlobId) -> PathBuf {
-        self.0.root.join(ObjectKey::prefix(blob))
+        let mut moment = blob.to_string();
+        moment.truncate(MOMENT_CHARACTERS);
+        self.0.root.join("blobs").join(moment)
     }
 
     pub(super) async fn put(&self, key: &ObjectKey, mut intake: Intake) -> Result<u64> {
@@ -219,34 +229,40 @@ impl Disk {
     }
 
     pub(super) async fn list(&self, blob: BlobId) -> Result<Vec<Listed>> {
-        let directory = self.directory(blob);
-        blocking(move || {
-            let mut objects = Vec::new();
-            for entry in entries(&directory)? {
-                objects.extend(listed(blob, &entry?)?);
-            }
-            Ok(objects)
-        })
-        .await
+        let (disk, directory) = (self.clone(), self.directory(blob));
+        blocking(move || disk.list_directory(&directory, |key| key.blob() == blob)).await
     }
 
     pub(super) fn list_all(&self) -> BoxStream<'static, Result<Listed>> {
         let (disk, blobs) = (self.clone(), self.0.root.join("blobs"));
         stream::once(blocking(move || {
-            entries(&blobs)?
-                .map(|entry| Ok(blob_of(&entry?)))
-                .filter_map(io::Result::transpose)
-                .collect()
+            let directories = entries(&blobs)?.map(|entry| {
+                let entry = entry?;
+                Ok(entry.file_type()?.is_dir().then(|| entry.path()))
+            });
+            directories.filter_map(io::Result::transpose).collect()
         }))
-        .map_ok(|blobs: Vec<BlobId>| stream::iter(blobs).map(Ok))
+        .map_ok(|directories: Vec<PathBuf>| stream::iter(directories).map(Ok))
         .try_flatten()
-        .and_then(move |blob| {
+        .and_then(move |directory| {
             let disk = disk.clone();
-            async move { disk.list(blob).await }
+            blocking(move || disk.list_directory(&directory, |_| true))
         })
         .map_ok(|objects| stream::iter(objects).map(Ok))
         .try_flatten()
         .boxed()
+    }
+
+    /// Leaves out what is not ours or not wanted.
+    fn list_directory(&self, directory: &Path, is_wanted: impl Fn(&ObjectKey) -> bool) -> io::Result<Vec<Listed>> {
+        let mut objects = Vec::new();
+        for entry in entries(directory)? {
+            let entry = entry?;
+            if let Some(key) = key_of(&entry).filter(|key| is_wanted(key) && self.path(key) == entry.path()) {
+                objects.extend(listed(key, &entry)?);
+            }
+        }
+        Ok(objects)
     }
 
     pub(super) async fn remove_prefix(&self, blob: BlobId) -> Result<()> {
@@ -422,18 +438,21 @@ async fn batch(intake: &mut Intake, wanted: usize) -> Result<Vec<Bytes>> {
     Ok(frames)
 }
 
-/// Opens a file that must not be there yet, and makes the blob's directory with its first one.
+/// Opens a file that must not be there yet, and makes its directory with the first one.
 fn create(path: &Path) -> io::Result<File> {
     let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-    match (open(), path.parent()) {
-        (Err(error), Some(directory)) if error.kind() == io::ErrorKind::NotFound => {
-            match DirBuilder::new().mode(0o700).create(directory) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-                _ => open(),
+    for _ in 1..CREATE_TRIES {
+        match (open(), path.parent()) {
+            (Err(error), Some(directory)) if error.kind() == io::ErrorKind::NotFound => {
+                match DirBuilder::new().mode(0o700).create(directory) {
+                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                    _ => {}
+                }
             }
+            (result, _) => return result,
         }
-        (result, _) => result,
     }
+    open()
 }
 
 fn check_room(file: &File) -> io::Result<()> {
@@ -483,21 +502,13 @@ fn entries(directory: &Path) -> io::Result<impl Iterator<Item = io::Result<DirEn
     .map(|entries| entries.into_iter().flatten())
 }
 
-fn blob_of(entry: &DirEntry) -> Option<BlobId> {
+fn key_of(entry: &DirEntry) -> Option<ObjectKey> {
     let name = entry.file_name().into_string().ok()?;
-    let blob = BlobId(Uuid::parse_str(&name).ok()?);
-    (blob.to_string() == name).then_some(blob)
+    ObjectKey::parse(&format!("blobs/{}", name.replacen('.', "/", 1)))
 }
 
-/// `None` for foreign names, for what is not a file, and for what was deleted meanwhile.
-fn listed(blob: BlobId, entry: &DirEntry) -> io::Result<Option<Listed>> {
-    let name = entry.file_name();
-    let Some(key) = name
-        .to_str()
-        .and_then(|name| ObjectKey::parse(&format!("{}{name}", ObjectKey::prefix(blob))))
-    else {
-        return Ok(None);
-    };
+/// `None` for what is not a file, and for what was deleted meanwhile.
+fn listed(key: ObjectKey, entry: &DirEntry) -> io::Result<Option<Listed>> {
     let metadata = match entry.metadata() {
         Ok(metadata) if metadata.is_file() => metadata,
         Ok(_) => return Ok(None),

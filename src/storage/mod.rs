@@ -169,7 +169,7 @@ impl BlockStore {
         }
     }
 
-    /// Takes away what a disk keeps for a blob besides its objects: the directory, if it is empty.
+    /// Takes away what a disk keeps for a blob besides its objects: the directory, with the last of those that share it.
     pub async fn remove_prefix(&self, blob: BlobId) -> Result<()> {
         match self {
             Self::Disk(disk) => disk.remove_prefix(blob).await,
