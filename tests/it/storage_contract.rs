@@ -34,6 +34,15 @@ struct Place {
 }
 
 impl Place {
+    /// Where the store keeps an object.
+    fn file(&self, key: &ObjectKey) -> PathBuf {
+        let files = self.files.as_ref().unwrap();
+        match (self.name, &key.as_str().split('/').collect::<Vec<_>>()[..]) {
+            ("disk", [blobs, blob, object]) => files.join(blobs).join(&blob[..11]).join(format!("{blob}.{object}")),
+            _ => files.join(key.as_str()),
+        }
+    }
+
     async fn memory() -> Self {
         let settings = Settings {
             url: "memory://".into(),
@@ -387,7 +396,7 @@ async fn damage_is_never_a_clean_end() {
 async fn rot_in_files_is_seen() {
     for place in [Place::disk().await, Place::s3_at(S3Server::inside()).await] {
         let (blob, bytes) = (BlobId::fresh(), pattern(3_000_000));
-        let path = |block: &Block| place.files.as_ref().unwrap().join(block.object_key.as_str());
+        let path = |block: &Block| place.file(&block.object_key);
 
         let flipped = place.block(blob, &bytes).await;
         let mut rotten = bytes.to_vec();
@@ -445,9 +454,9 @@ async fn a_listing_shows_our_objects_only() {
         }
         place.store.write_marker("a store").await.unwrap();
         if let Some(files) = &place.files {
-            let directory = directory(files, blob);
-            fs::write(directory.join("foreign"), "?").unwrap();
-            fs::write(directory.join(format!("{blob}.foreign")), "?").unwrap();
+            let beside = place.file(&keys[0]);
+            fs::write(beside.with_file_name("foreign"), "?").unwrap();
+            fs::write(beside.with_file_name(format!("{blob}.foreign")), "?").unwrap();
             fs::write(files.join("blobs/foreign"), "?").unwrap();
             // Named as ours, at another's place.
             let elsewhere = files.join("blobs/elsewhere");
@@ -504,11 +513,6 @@ async fn a_disk_misses_lost_blocks_before_they_are_acknowledged_for_good() {
     place.store.make_durable(BlobId::fresh(), &[]).await.unwrap();
 }
 
-/// Where a disk keeps the objects of a blob and of others of the same moment.
-fn directory(files: &Path, blob: BlobId) -> PathBuf {
-    files.join("blobs").join(&blob.to_string()[..11])
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_gives_back_empty_directories() {
     let place = Place::disk().await;
@@ -516,9 +520,10 @@ async fn a_disk_gives_back_empty_directories() {
     let other = BlobId(uuid::Uuid::from_u128(blob.0.as_u128() ^ 1));
     let block = place.block(blob, &pattern(1000)).await;
     let others = place.block(other, &pattern(10)).await;
-    let directory = directory(place.files.as_ref().unwrap(), blob);
-    assert_eq!(fs::metadata(&directory).unwrap().permissions().mode() & 0o777, 0o700);
-    assert_eq!(fs::read_dir(&directory).unwrap().count(), 2);
+    let file = place.file(&block.object_key);
+    let directory = file.parent().unwrap();
+    assert_eq!(fs::metadata(directory).unwrap().permissions().mode() & 0o777, 0o700);
+    assert_eq!(fs::read_dir(directory).unwrap().count(), 2);
     place.store.remove_prefix(blob).await.unwrap();
     assert!(directory.exists(), "it was not empty");
     place.store.delete(&block.object_key).await.unwrap();
