@@ -410,8 +410,18 @@ fn client(server: &dyn Server, directory: &Path, plan: &Plan, cell: &mut Cell) -
             .output()?;
         let said = String::from_utf8_lossy(&output.stdout);
         let result = said.lines().find_map(|line| line.strip_prefix("@@"));
-        let last = said.lines().rev().take(3).collect::<Vec<_>>().join(" / ");
-        let result = result.with_context(|| format!("{what}: {last} {}", String::from_utf8_lossy(&output.stderr)))?;
+        let result = result.with_context(|| {
+            // The status is in the client's log alone, and Node quotes the line that threw before it says why.
+            let mut log = said.lines().rev();
+            let status = log.find_map(|line| line.strip_prefix("::debug::[Response] - "));
+            let complaint = String::from_utf8_lossy(&output.stderr);
+            let error = complaint.lines().find(|line| line.contains("Error: "));
+            format!(
+                "{what}: the last answer was {}; {}",
+                status.unwrap_or("none"),
+                error.unwrap_or(&complaint)
+            )
+        })?;
         Ok(serde_json::from_str(result)?)
     };
     for what in ["upload", "download"] {
