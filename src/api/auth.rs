@@ -3,6 +3,8 @@
 //! `api/mod.rs` puts one before every route by its declaration. They verify papers and hand on what was proven. Only
 //! what an API token may do is looked up; the papers of jobs are checked without the database.
 
+use std::sync::Arc;
+
 use axum::extract::{Request, State};
 use axum::http::header::AUTHORIZATION;
 use axum::http::{HeaderMap, Method, StatusCode};
@@ -26,7 +28,7 @@ pub async fn runtime_token(State(context): State<Context>, mut request: Request,
     }
 }
 
-async fn principal(context: &Context, headers: &HeaderMap) -> Result<Principal> {
+async fn principal(context: &Context, headers: &HeaderMap) -> Result<Arc<Principal>> {
     let token = match authorization(headers)? {
         (scheme, token) if scheme.eq_ignore_ascii_case("bearer") => token,
         _ => return Err(missing("not a bearer token")),
