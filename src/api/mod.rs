@@ -30,11 +30,13 @@ pub mod tls;
 mod twirp;
 
 use axum::Router;
+use axum::handler::Handler as _;
 use axum::http::{StatusCode, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{MethodRouter, any, delete, get, patch, post};
 
 pub use self::body::BodyLimit;
+use self::observe::Route;
 pub use self::ops::Operations;
 use self::pass_through::Upstream;
 use self::patience::Patience;
@@ -334,7 +336,10 @@ impl UrlMap {
             Caller::SignedLink => handler.layer(from_fn_with_state(context, auth::signed_link)),
             Caller::Upstream | Caller::Anyone => handler,
         };
-        self.router = self.router.route(&path, guarded);
+        let observed = guarded
+            .layer(from_fn(body::refuse_ambiguous_length))
+            .layer(from_fn_with_state(Route::new(path.as_str()), observe::observe));
+        self.router = self.router.route(&path, observed);
         self.routes.push((path, caller, body));
         self
     }
@@ -346,11 +351,10 @@ impl UrlMap {
 
     /// The service that answers requests.
     pub fn into_router(self) -> Router {
-        self.router
-            .fallback(not_found)
+        let unknown = not_found
             .layer(from_fn(body::refuse_ambiguous_length))
-            .layer(from_fn(observe::observe))
-            .with_state(self.context)
+            .layer(from_fn_with_state(Route::new("none"), observe::observe));
+        self.router.fallback(unknown).with_state(self.context)
     }
 }
 
