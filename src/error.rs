@@ -1,7 +1,7 @@
 //! The ways a request can fail, in the product's own words.
 //!
 //! Every floor returns this; `api/reply.rs` turns it into the dialect of the caller.
-//! `From` for sqlx lives in `db/`, for object_store in `storage/`, so that this file names neither.
+//! `From` for the databases' drivers lives in `db/`, for object_store in `storage/`, so that this file names neither.
 
 /// Texts are for the caller, except in [`Error::Unauthorized`] and [`Error::Internal`], which only the log sees.
 #[derive(Debug, thiserror::Error)]

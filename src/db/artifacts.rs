@@ -6,6 +6,7 @@
 use uuid::Uuid;
 
 use super::blobs::{BEGIN, BURY, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE, digest};
+use super::sql::query;
 use super::{Db, Failure, TRIES, lost_every_race, on, transaction, unsigned};
 use crate::error::{Error, Result};
 use crate::failpoint;
@@ -106,24 +107,24 @@ macro_rules! over_limit {
     ($tx:expr, $new:expr) => {{
         let (principal, mut over) = ($new.principal, None);
         if let Some(limit) = $new.max_per_job {
-            let count: i64 = sqlx::query_scalar($crate::db::artifacts::COUNT_OF_JOB)
+            let count: i64 = query($crate::db::artifacts::COUNT_OF_JOB)
                 .bind(&principal.run.issuer)
                 .bind(&principal.run.repository)
                 .bind(&principal.run.run_backend_id)
                 .bind(principal.run_attempt)
                 .bind(&principal.job_backend_id)
-                .fetch_one(&mut *$tx)
+                .fetch_one($tx)
                 .await?;
             if count > limit {
                 over = Some($crate::db::artifacts::Created::TooMany);
             }
         }
         if let Some(limit) = $new.max_pending_per_run {
-            let count: i64 = sqlx::query_scalar($crate::db::artifacts::COUNT_PENDING_OF_RUN)
+            let count: i64 = query($crate::db::artifacts::COUNT_PENDING_OF_RUN)
                 .bind(&principal.run.issuer)
                 .bind(&principal.run.repository)
                 .bind(&principal.run.run_backend_id)
-                .fetch_one(&mut *$tx)
+                .fetch_one($tx)
                 .await?;
             if count > limit {
                 over = Some($crate::db::artifacts::Created::TooManyPending);
@@ -203,16 +204,16 @@ impl Db {
         let run = &principal.run;
         let blob = BlobId::fresh();
         let mut refused = None;
-        let created = transaction!(self, durable, |tx| {
+        let created = transaction!(self, Durable, |tx| {
             refused = None;
             type There = (i64, String, Uuid, Option<Uuid>, i64);
-            let there: Option<There> = sqlx::query_as(LOCK_NAME)
+            let there: Option<There> = query(LOCK_NAME)
                 .bind(&run.issuer)
                 .bind(&run.repository)
                 .bind(&run.run_backend_id)
                 .bind(name)
                 .bind(principal.run_attempt)
-                .fetch_optional(&mut *tx)
+                .fetch_optional(tx)
                 .await?;
             let mut pending = None;
             if let Some((id, state, old_blob, container, expires_at_ms)) = there {
@@ -223,31 +224,26 @@ impl Db {
                 // The older upload ends here, whoever began it.
                 let tombstone = if is_pending { "superseded" } else { "expired" };
                 for blob in [Some(old_blob), container].into_iter().flatten() {
-                    sqlx::query(BURY)
-                        .bind(blob)
-                        .bind(tombstone)
-                        .bind(now_ms)
-                        .execute(&mut *tx)
-                        .await?;
+                    query(BURY).bind(blob).bind(tombstone).bind(now_ms).execute(tx).await?;
                 }
                 if is_pending {
                     pending = Some(id);
                 } else {
                     // What was finalized under an id never changes: whoever comes now gets another.
-                    sqlx::query("DELETE FROM artifacts WHERE id = $1")
+                    query("DELETE FROM artifacts WHERE id = $1")
                         .bind(id)
-                        .execute(&mut *tx)
+                        .execute(tx)
                         .await?;
                 }
             }
-            sqlx::query(BEGIN)
+            query(BEGIN)
                 .bind(blob.0)
                 .bind(BlobKind::Artifact.as_str())
                 .bind(now_ms)
-                .execute(&mut *tx)
+                .execute(tx)
                 .await?;
             let placed = if let Some(id) = pending {
-                sqlx::query(
+                query(
                     "UPDATE artifacts SET blob_id = $2, job_backend_id = $3, version = $4, mime_type = $5,
                          created_at_ms = $6, expires_at_ms = $7
                      WHERE id = $1",
@@ -259,12 +255,11 @@ impl Db {
                 .bind(mime_type)
                 .bind(now_ms)
                 .bind(new.expires_at_ms)
-                .execute(&mut *tx)
+                .execute(tx)
                 .await?
-                .rows_affected()
                     == 1
             } else {
-                let id: Option<i64> = sqlx::query_scalar(INSERT_ARTIFACT)
+                let id: Option<i64> = query(INSERT_ARTIFACT)
                     .bind(&run.issuer)
                     .bind(&run.repository)
                     .bind(&run.run_backend_id)
@@ -279,7 +274,7 @@ impl Db {
                     .bind(now_ms)
                     .bind(new.expires_at_ms)
                     .bind(None::<Uuid>)
-                    .fetch_optional(&mut *tx)
+                    .fetch_optional(tx)
                     .await?;
                 id.is_some()
             };
@@ -304,8 +299,8 @@ impl Db {
     ) -> Result<Option<FinalizeCandidate>> {
         type Row = (i64, String, String, Uuid, String, i64, i64, Option<Vec<u8>>);
         let run = &principal.run;
-        let row: Option<Row> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let row: Option<Row> = on!(self, Reading, |conn| {
+            query(
                 "SELECT a.id, a.job_backend_id, a.state, b.id, b.state, b.revision, b.size_bytes, b.sha256
                  FROM artifacts a JOIN blobs b ON b.id = a.blob_id
                  WHERE a.issuer = $1 AND a.repository = $2 AND a.run_backend_id = $3 AND a.name = $4
@@ -350,38 +345,32 @@ impl Db {
             Sealing::Verified(sha256) => ("verified", Some(sha256)),
             Sealing::Pending(expected) => ("pending", expected),
         };
-        let done = transaction!(self, durable, |tx| {
-            let shown = sqlx::query(
+        let done = transaction!(self, Durable, |tx| {
+            let shown = query(
                 "UPDATE artifacts SET state = 'finalized', finalized_at_ms = $3
                  WHERE id = $1 AND blob_id = $2 AND state = 'pending'",
             )
             .bind(candidate.id.0)
             .bind(candidate.blob.0)
             .bind(now_ms)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
-            let sealed = sqlx::query(SEAL)
+            .execute(tx)
+            .await?;
+            let sealed = query(SEAL)
                 .bind(candidate.blob.0)
                 .bind(candidate.revision)
                 .bind(verification)
                 .bind(sha256.map(|sha256| sha256.0.to_vec()))
                 .bind(now_ms)
-                .execute(&mut *tx)
-                .await?
-                .rows_affected();
+                .execute(tx)
+                .await?;
             if sealed == 1 && shown == 1 {
-                let late = sqlx::query(UNLISTED_TO_GARBAGE)
+                let late = query(UNLISTED_TO_GARBAGE)
                     .bind(candidate.blob.0)
                     .bind(now_ms)
-                    .execute(&mut *tx)
-                    .await?
-                    .rows_affected();
+                    .execute(tx)
+                    .await?;
                 if late > 0 {
-                    sqlx::query(FORGET_UNLISTED)
-                        .bind(candidate.blob.0)
-                        .execute(&mut *tx)
-                        .await?;
+                    query(FORGET_UNLISTED).bind(candidate.blob.0).execute(tx).await?;
                 }
                 failpoint::reach("finalize_before_commit");
                 Some(())
@@ -439,8 +428,8 @@ impl Db {
         }
         // A first attempt's is found by its key alone, at half the cost.
         let run = &principal.run;
-        let row: Option<(i64, Uuid)> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let row: Option<(i64, Uuid)> = on!(self, Reading, |conn| {
+            query(
                 "SELECT id, blob_id FROM artifacts
                  WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND name = $4 AND run_attempt = $5
                      AND state = 'finalized' AND expires_at_ms > $6",
@@ -469,7 +458,7 @@ impl Db {
         now_ms: i64,
     ) -> Result<Vec<SeenRow>> {
         let is_first = principal.run_attempt == 1;
-        let query = match (name, id, is_first) {
+        let text = match (name, id, is_first) {
             (Some(_), _, true) => seen_by_first_attempt!("AND a.name = $7"),
             (None, Some(_), true) => seen_by_first_attempt!("AND a.id = $7"),
             (None, None, true) => seen_by_first_attempt!(""),
@@ -478,8 +467,8 @@ impl Db {
             (None, None, false) => seen_by_later_attempt!(""),
         };
         let run = &principal.run;
-        let rows = on!(self, readers, |conn| {
-            let mut query = sqlx::query_as(query)
+        let rows = on!(self, Reading, |conn| {
+            let mut query = query(text)
                 .bind(&run.issuer)
                 .bind(&run.repository)
                 .bind(&run.run_backend_id)
@@ -510,23 +499,18 @@ impl Db {
     }
 
     async fn try_delete_artifact(&self, artifact: &NewestArtifact, now_ms: i64) -> std::result::Result<bool, Failure> {
-        let deleted = transaction!(self, durable, |tx| {
-            let hidden: Option<(Uuid, Option<Uuid>)> = sqlx::query_as(
+        let deleted = transaction!(self, Durable, |tx| {
+            let hidden: Option<(Uuid, Option<Uuid>)> = query(
                 "DELETE FROM artifacts WHERE id = $1 AND blob_id = $2 AND state = 'finalized'
                  RETURNING blob_id, container_id",
             )
             .bind(artifact.id.0)
             .bind(artifact.blob.0)
-            .fetch_optional(&mut *tx)
+            .fetch_optional(tx)
             .await?;
             if let Some((blob, container)) = hidden {
                 for blob in [Some(blob), container].into_iter().flatten() {
-                    sqlx::query(BURY)
-                        .bind(blob)
-                        .bind("deleted")
-                        .bind(now_ms)
-                        .execute(&mut *tx)
-                        .await?;
+                    query(BURY).bind(blob).bind("deleted").bind(now_ms).execute(tx).await?;
                 }
                 failpoint::reach("delete_before_commit");
                 Some(())

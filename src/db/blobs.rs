@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use uuid::Uuid;
 
+use super::sql::{Value, query};
 use super::{Db, Failure, TRIES, lost_every_race, object_key, on, signed, transaction, unsigned};
 use crate::error::{Error, Result};
 use crate::failpoint;
@@ -175,11 +176,24 @@ pub(super) fn arrange(rows: &[StagedBlock], list: &[ListEntry]) -> Result<Vec<St
         .collect()
 }
 
+/// The row of a block that has its place in a content.
+pub(super) fn placement<'q>(blob: BlobId, block_id: &'q str, block: &'q Block, start_offset: i64) -> [Value<'q>; 7] {
+    [
+        blob.0.into(),
+        block_id.into(),
+        block.object_key.as_str().into(),
+        block.object_offset.cast_signed().into(),
+        block.size_bytes.cast_signed().into(),
+        block.crc64.cast_signed().into(),
+        start_offset.into(),
+    ]
+}
+
 impl Db {
     /// What a write link's blob can take. `None` if it is deleted or unknown.
     pub async fn writable_blob(&self, blob: BlobId) -> Result<Option<WritableBlob>> {
-        let row: Option<(String, Option<String>, String)> = on!(self, readers, |conn| {
-            sqlx::query_as("SELECT state, tombstone, kind FROM blobs WHERE id = $1")
+        let row: Option<(String, Option<String>, String)> = on!(self, Reading, |conn| {
+            query("SELECT state, tombstone, kind FROM blobs WHERE id = $1")
                 .bind(blob.0)
                 .fetch_optional(conn)
                 .await?
@@ -198,8 +212,8 @@ impl Db {
     /// `false` if the blob takes no more blocks: the caller deletes the object.
     pub async fn stage_block(&self, blob: BlobId, block_id: &str, block: &Block, now_ms: i64) -> Result<bool> {
         let (size, offset) = (signed(block.size_bytes)?, signed(block.object_offset)?);
-        let inserted = on!(self, staging, |conn| {
-            sqlx::query(
+        let inserted = on!(self, Staging, |conn| {
+            query(
                 "INSERT INTO blocks (blob_id, block_id, object_key, object_offset, size_bytes, crc64)
                  SELECT id, $2, $3, $4, $5, $6 FROM blobs WHERE id = $1 AND state IN ('staging', 'committed')
                  ON CONFLICT DO NOTHING",
@@ -212,7 +226,6 @@ impl Db {
             .bind(block.crc64.cast_signed())
             .execute(conn)
             .await?
-            .rows_affected()
         });
         if inserted == 1 {
             return Ok(true);
@@ -236,32 +249,30 @@ impl Db {
     ) -> Result<Option<bool>> {
         let (size, offset) = (signed(block.size_bytes)?, signed(block.object_offset)?);
         let mut raced = false;
-        let replaced = transaction!(self, staging, |tx| {
-            let open =
-                sqlx::query("UPDATE blobs SET state = state WHERE id = $1 AND state IN ('staging', 'committed')")
-                    .bind(blob.0)
-                    .execute(&mut *tx)
-                    .await?
-                    .rows_affected();
+        let replaced = transaction!(self, Staging, |tx| {
+            let open = query("UPDATE blobs SET state = state WHERE id = $1 AND state IN ('staging', 'committed')")
+                .bind(blob.0)
+                .execute(tx)
+                .await?;
             if open == 0 {
                 None
             } else {
-                let old: Option<String> = sqlx::query_scalar(
+                let old: Option<String> = query(
                     "DELETE FROM blocks WHERE blob_id = $1 AND block_id = $2 AND start_offset IS NULL RETURNING object_key",
                 )
                 .bind(blob.0)
                 .bind(block_id)
-                .fetch_optional(&mut *tx)
+                .fetch_optional(tx)
                 .await?;
                 if let Some(key) = old {
-                    sqlx::query("INSERT INTO garbage (object_key, blob_id, created_at_ms) VALUES ($1, $2, $3)")
+                    query("INSERT INTO garbage (object_key, blob_id, created_at_ms) VALUES ($1, $2, $3)")
                         .bind(key)
                         .bind(blob.0)
                         .bind(now_ms)
-                        .execute(&mut *tx)
+                        .execute(tx)
                         .await?;
                 }
-                let inserted = sqlx::query(
+                let inserted = query(
                     "INSERT INTO blocks (blob_id, block_id, object_key, object_offset, size_bytes, crc64)
                      VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
                 )
@@ -271,9 +282,8 @@ impl Db {
                 .bind(offset)
                 .bind(size)
                 .bind(block.crc64.cast_signed())
-                .execute(&mut *tx)
-                .await?
-                .rows_affected();
+                .execute(tx)
+                .await?;
                 raced = inserted == 0;
                 failpoint::reach("block_resent_before_commit");
                 (!raced).then_some(())
@@ -287,8 +297,8 @@ impl Db {
 
     /// What the blob's blocks add up to, listed or not.
     pub async fn staged_bytes(&self, blob: BlobId) -> Result<u64> {
-        let sum: i64 = on!(self, readers, |conn| {
-            sqlx::query_scalar("SELECT CAST(coalesce(sum(size_bytes), 0) AS BIGINT) FROM blocks WHERE blob_id = $1")
+        let sum: i64 = on!(self, Reading, |conn| {
+            query("SELECT CAST(coalesce(sum(size_bytes), 0) AS BIGINT) FROM blocks WHERE blob_id = $1")
                 .bind(blob.0)
                 .fetch_one(conn)
                 .await?
@@ -307,8 +317,8 @@ impl Db {
 
     /// Every block of the blob that has a row, listed or not.
     pub async fn all_blocks(&self, blob: BlobId) -> Result<Vec<StagedBlock>> {
-        let rows: Vec<BlockRow> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let rows: Vec<BlockRow> = on!(self, Reading, |conn| {
+            query(
                 "SELECT block_id, object_key, object_offset, size_bytes, crc64, start_offset
                  FROM blocks WHERE blob_id = $1 ORDER BY start_offset",
             )
@@ -335,26 +345,25 @@ impl Db {
     ) -> Result<Committed> {
         let size = signed(durable.iter().map(|row| row.block.size_bytes).sum())?;
         let mut changed = false;
-        let done = transaction!(self, durable, |tx| {
+        let done = transaction!(self, Durable, |tx| {
             changed = false;
-            let open = sqlx::query(GIVE_CONTENT)
+            let open = query(GIVE_CONTENT)
                 .bind(blob.0)
                 .bind(size)
                 .bind(content_type)
                 .bind(now_ms)
-                .execute(&mut *tx)
-                .await?
-                .rows_affected();
+                .execute(tx)
+                .await?;
             if open == 0 {
                 None
             } else {
                 // Reading and removing in one statement: a block that is staged meanwhile is either seen here or stays.
-                let rows: Vec<BlockRow> = sqlx::query_as(
+                let rows: Vec<BlockRow> = query(
                     "DELETE FROM blocks WHERE blob_id = $1
                      RETURNING block_id, object_key, object_offset, size_bytes, crc64, start_offset",
                 )
                 .bind(blob.0)
-                .fetch_all(&mut *tx)
+                .fetch_all(tx)
                 .await?;
                 let mut rows = rows.into_iter().map(staged_block).collect::<Result<Vec<_>>>()?;
                 // The order in which they were looked at before.
@@ -375,34 +384,25 @@ impl Db {
                         .filter(|key| !kept.contains(key))
                         .collect();
                     for page in dropped.chunks(ROWS_PER_INSERT) {
-                        sqlx::QueryBuilder::new("INSERT INTO garbage (object_key, blob_id, created_at_ms) ")
-                            .push_values(page, |mut row, key| {
-                                row.push_bind(key.as_str()).push_bind(blob.0).push_bind(now_ms);
-                            })
+                        query("INSERT INTO garbage (object_key, blob_id, created_at_ms) ")
+                            .push_values(page, |key| [key.as_str().into(), blob.0.into(), now_ms.into()])
                             .push(" ON CONFLICT (object_key) DO NOTHING")
-                            .build()
-                            .execute(&mut *tx)
+                            .execute(tx)
                             .await?;
                     }
                     let mut start_offset = 0;
                     for page in content.chunks(ROWS_PER_INSERT) {
-                        sqlx::QueryBuilder::new(
+                        query(
                             "INSERT INTO blocks
                                  (blob_id, block_id, object_key, object_offset, size_bytes, crc64, start_offset) ",
                         )
-                        .push_values(page, |mut row, placed| {
+                        .push_values(page, |placed| {
+                            let start = start_offset;
                             // Sizes and their sum were checked to fit when they came from the database.
-                            row.push_bind(blob.0)
-                                .push_bind(placed.block_id.as_str())
-                                .push_bind(placed.block.object_key.as_str())
-                                .push_bind(placed.block.object_offset.cast_signed())
-                                .push_bind(placed.block.size_bytes.cast_signed())
-                                .push_bind(placed.block.crc64.cast_signed())
-                                .push_bind(start_offset);
                             start_offset += placed.block.size_bytes.cast_signed();
+                            placement(blob, &placed.block_id, &placed.block, start)
                         })
-                        .build()
-                        .execute(&mut *tx)
+                        .execute(tx)
                         .await?;
                     }
                     failpoint::reach("list_before_commit");
@@ -461,33 +461,32 @@ impl Db {
         now_ms: i64,
     ) -> Result<()> {
         let size = signed(block.map_or(0, |block| block.size_bytes))?;
-        let done = transaction!(self, durable, |tx| {
-            let open = sqlx::query(GIVE_CONTENT)
+        let done = transaction!(self, Durable, |tx| {
+            let open = query(GIVE_CONTENT)
                 .bind(blob.0)
                 .bind(size)
                 .bind(content_type)
                 .bind(now_ms)
-                .execute(&mut *tx)
-                .await?
-                .rows_affected();
+                .execute(tx)
+                .await?;
             if open == 0 {
                 None
             } else {
-                sqlx::query(
+                query(
                     "INSERT INTO garbage (object_key, blob_id, created_at_ms)
                      SELECT DISTINCT object_key, blob_id, CAST($2 AS BIGINT) FROM blocks WHERE blob_id = $1
                      ON CONFLICT (object_key) DO NOTHING",
                 )
                 .bind(blob.0)
                 .bind(now_ms)
-                .execute(&mut *tx)
+                .execute(tx)
                 .await?;
-                sqlx::query("DELETE FROM blocks WHERE blob_id = $1")
+                query("DELETE FROM blocks WHERE blob_id = $1")
                     .bind(blob.0)
-                    .execute(&mut *tx)
+                    .execute(tx)
                     .await?;
                 if let Some(block) = block {
-                    sqlx::query(
+                    query(
                         "INSERT INTO blocks
                              (blob_id, block_id, object_key, object_offset, size_bytes, crc64, start_offset)
                          VALUES ($1, '', $2, 0, $3, $4, 0)",
@@ -496,7 +495,7 @@ impl Db {
                     .bind(block.object_key.as_str())
                     .bind(size)
                     .bind(block.crc64.cast_signed())
-                    .execute(&mut *tx)
+                    .execute(tx)
                     .await?;
                 }
                 failpoint::reach("put_blob_before_commit");
@@ -528,8 +527,8 @@ impl Db {
             String,
             String,
         );
-        let row: Option<Row> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let row: Option<Row> = on!(self, Reading, |conn| {
+            query(
                 "SELECT a.name, a.mime_type, b.content_type, b.size_bytes, b.changed_at_ms, b.sha256, b.verification, a.state
                  FROM blobs b JOIN artifacts a ON a.blob_id = b.id
                  WHERE b.id = $1 AND b.state = 'sealed' AND a.state <> 'pending' AND a.expires_at_ms > $2
@@ -564,9 +563,9 @@ impl Db {
 
     /// The placed blocks that overlap `from..to`, in order, each with its start in the blob's content.
     pub async fn content_blocks(&self, blob: BlobId, from: u64, to: u64) -> Result<Vec<(u64, Block)>> {
-        let rows: Vec<BlockRow> = on!(self, readers, |conn| {
+        let rows: Vec<BlockRow> = on!(self, Reading, |conn| {
             // What comes before the last block that begins at or before the window is passed over unread.
-            sqlx::query_as(
+            query(
                 "SELECT block_id, object_key, object_offset, size_bytes, crc64, start_offset FROM blocks
                  WHERE blob_id = $1 AND start_offset < $3 AND start_offset + size_bytes > $2 AND start_offset >= (
                      SELECT start_offset FROM blocks WHERE blob_id = $1 AND start_offset <= $2
@@ -592,8 +591,8 @@ impl Db {
 
     /// Takes one sealed blob that waits for its hash and that nobody else is hashing.
     pub async fn claim_verification(&self, now_ms: i64, lease_until_ms: i64) -> Result<Option<Verification>> {
-        let row: Option<(Uuid, i64, Option<Vec<u8>>)> = on!(self, durable, |conn| {
-            sqlx::query_as(
+        let row: Option<(Uuid, i64, Option<Vec<u8>>)> = on!(self, Durable, |conn| {
+            query(
                 "UPDATE blobs SET verify_lease_until_ms = $2
                  WHERE verification = 'pending' AND verify_lease_until_ms <= $1 AND id = (
                      SELECT id FROM blobs
@@ -618,8 +617,8 @@ impl Db {
 
     /// Keeps a claim while a long hash is under way. `false` if the blob needs no verification any more.
     pub async fn extend_verification(&self, blob: BlobId, lease_until_ms: i64) -> Result<bool> {
-        let rows = on!(self, durable, |conn| {
-            sqlx::query(
+        let rows = on!(self, Durable, |conn| {
+            query(
                 "UPDATE blobs SET verify_lease_until_ms = $2
                  WHERE id = $1 AND verification = 'pending' AND state = 'sealed'",
             )
@@ -627,21 +626,18 @@ impl Db {
             .bind(lease_until_ms)
             .execute(conn)
             .await?
-            .rows_affected()
         });
         Ok(rows == 1)
     }
 
     /// Records that the content hashes to `sha256`, as the client said or because it said nothing.
     pub async fn pass_verification(&self, blob: BlobId, sha256: &Sha256) -> Result<()> {
-        on!(self, durable, |conn| {
-            sqlx::query(
-                "UPDATE blobs SET verification = 'verified', sha256 = $2 WHERE id = $1 AND verification = 'pending'",
-            )
-            .bind(blob.0)
-            .bind(sha256.0.as_slice())
-            .execute(conn)
-            .await?;
+        on!(self, Durable, |conn| {
+            query("UPDATE blobs SET verification = 'verified', sha256 = $2 WHERE id = $1 AND verification = 'pending'")
+                .bind(blob.0)
+                .bind(sha256.0.as_slice())
+                .execute(conn)
+                .await?;
         });
         Ok(())
     }
@@ -649,21 +645,20 @@ impl Db {
     /// Takes a blob whose content is not what its client hashed out of everybody's sight and frees its name.
     /// `true` if this call did it.
     pub async fn fail_verification(&self, blob: BlobId, now_ms: i64) -> Result<bool> {
-        let failed = transaction!(self, durable, |tx| {
-            sqlx::query("DELETE FROM artifacts WHERE blob_id = $1")
+        let failed = transaction!(self, Durable, |tx| {
+            query("DELETE FROM artifacts WHERE blob_id = $1")
                 .bind(blob.0)
-                .execute(&mut *tx)
+                .execute(tx)
                 .await?;
-            let rows = sqlx::query(
+            let rows = query(
                 "UPDATE blobs SET state = 'deleting', tombstone = 'mismatch', verification = 'failed',
                      changed_at_ms = $2, cleaned_at_ms = NULL
                  WHERE id = $1 AND verification = 'pending' AND state = 'sealed'",
             )
             .bind(blob.0)
             .bind(now_ms)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
+            .execute(tx)
+            .await?;
             (rows == 1).then_some(())
         })?;
         Ok(failed.is_some())

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use super::blobs::{BEGIN, BURY, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE};
+use super::sql::query;
 use super::{Db, Failure, TRIES, lost_every_race, on, signed, transaction, unsigned};
 use crate::error::Result;
 use crate::failpoint;
@@ -145,8 +146,8 @@ impl Db {
         let run = &principal.run;
         // Most keys that are reserved exist: that is found out without a lock.
         type Seen = (i64, Option<i64>, Option<String>, Option<i64>, Option<Uuid>);
-        let seen: Option<Seen> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let seen: Option<Seen> = on!(self, Reading, |conn| {
+            query(
                 "SELECT r.id, e.id, e.state, e.created_at_ms, e.blob_id
                  FROM cache_repositories r LEFT JOIN cache_entries e
                      ON e.repository_id = r.id AND e.scope = $3 AND e.version = $4 AND e.key = $5
@@ -177,10 +178,10 @@ impl Db {
             }
         };
         let mut exists = false;
-        let reserved = transaction!(self, durable, |tx| {
+        let reserved = transaction!(self, Durable, |tx| {
             exists = false;
             // Locks the key, so that any number of reservations of it go one after the other.
-            let there: Option<(i64, String, Uuid, i64, i64)> = sqlx::query_as(
+            let there: Option<(i64, String, Uuid, i64, i64)> = query(
                 "UPDATE cache_entries SET state = state
                  WHERE repository_id = $1 AND scope = $2 AND version = $3 AND key = $4
                  RETURNING id, state, blob_id, size_bytes, created_at_ms",
@@ -189,35 +190,35 @@ impl Db {
             .bind(scope)
             .bind(version)
             .bind(key)
-            .fetch_optional(&mut *tx)
+            .fetch_optional(tx)
             .await?;
             if let Some((id, state, old_blob, size_bytes, created_at_ms)) = there {
                 exists = holds_its_key(&state, created_at_ms, dead_since_ms);
-                sqlx::query("DELETE FROM cache_entries WHERE id = $1")
+                query("DELETE FROM cache_entries WHERE id = $1")
                     .bind(id)
-                    .execute(&mut *tx)
+                    .execute(tx)
                     .await?;
-                sqlx::query(BURY)
+                query(BURY)
                     .bind(old_blob)
                     .bind("superseded")
                     .bind(now_ms)
-                    .execute(&mut *tx)
+                    .execute(tx)
                     .await?;
                 if size_bytes > 0 {
-                    sqlx::query("UPDATE cache_repositories SET size_bytes = size_bytes - $2 WHERE id = $1")
+                    query("UPDATE cache_repositories SET size_bytes = size_bytes - $2 WHERE id = $1")
                         .bind(repository)
                         .bind(size_bytes)
-                        .execute(&mut *tx)
+                        .execute(tx)
                         .await?;
                 }
             }
-            sqlx::query(BEGIN)
+            query(BEGIN)
                 .bind(blob.0)
                 .bind(BlobKind::Cache.as_str())
                 .bind(now_ms)
-                .execute(&mut *tx)
+                .execute(tx)
                 .await?;
-            let id: Option<i64> = sqlx::query_scalar(
+            let id: Option<i64> = query(
                 "INSERT INTO cache_entries (repository_id, scope, version, key, state, blob_id, size_bytes,
                      run_backend_id, job_backend_id, repository_name, created_at_ms, last_used_at_ms)
                  VALUES ($1, $2, $3, $4, 'reserved', $5, 0, $6, $7, $8, $9, $9)
@@ -232,7 +233,7 @@ impl Db {
             .bind(&principal.job_backend_id)
             .bind(principal.repository_name.as_deref())
             .bind(now_ms)
-            .fetch_optional(&mut *tx)
+            .fetch_optional(tx)
             .await?;
             failpoint::reach("cache_reserve_before_commit");
             id.filter(|_| !exists)
@@ -247,8 +248,8 @@ impl Db {
     }
 
     async fn add_cache_repository(&self, run: &RunKey) -> Result<()> {
-        on!(self, durable, |conn| {
-            sqlx::query(
+        on!(self, Durable, |conn| {
+            query(
                 "INSERT INTO cache_repositories (issuer, repository, size_bytes) VALUES ($1, $2, 0)
                  ON CONFLICT (issuer, repository) DO NOTHING",
             )
@@ -285,12 +286,12 @@ impl Db {
             repository,
             run_backend_id,
         } = &principal.run;
-        let query = match reservation {
+        let text = match reservation {
             Reservation::Key { .. } => reserved_by_run!("e.version = $5 AND e.key = $6"),
             Reservation::Id(_) => reserved_by_run!("e.id = $5"),
         };
-        let row: Option<(i64, String, Uuid, String, i64, i64)> = on!(self, readers, |conn| {
-            let query = sqlx::query_as(query)
+        let row: Option<(i64, String, Uuid, String, i64, i64)> = on!(self, Reading, |conn| {
+            let query = query(text)
                 .bind(issuer)
                 .bind(repository)
                 .bind(scope)
@@ -318,8 +319,8 @@ impl Db {
     /// `false` if either changed since the candidate was read, or if nobody said what became of it: look again.
     pub async fn finalize_cache_entry(&self, candidate: &CacheCandidate, now_ms: i64) -> Result<bool> {
         let size_bytes = signed(candidate.size_bytes)?;
-        let done = transaction!(self, durable, |tx| {
-            let repository: Option<i64> = sqlx::query_scalar(
+        let done = transaction!(self, Durable, |tx| {
+            let repository: Option<i64> = query(
                 "UPDATE cache_entries SET state = 'finalized', size_bytes = $3, finalized_at_ms = $4,
                      last_used_at_ms = $4
                  WHERE id = $1 AND blob_id = $2 AND state = 'reserved' RETURNING repository_id",
@@ -328,35 +329,30 @@ impl Db {
             .bind(candidate.blob.0)
             .bind(size_bytes)
             .bind(now_ms)
-            .fetch_optional(&mut *tx)
+            .fetch_optional(tx)
             .await?;
             // No client says what a cache entry hashes to: its blocks' checksums are all there is.
-            let sealed = sqlx::query(SEAL)
+            let sealed = query(SEAL)
                 .bind(candidate.blob.0)
                 .bind(candidate.revision)
                 .bind("none")
                 .bind(None::<Vec<u8>>)
                 .bind(now_ms)
-                .execute(&mut *tx)
-                .await?
-                .rows_affected();
+                .execute(tx)
+                .await?;
             if let (Some(repository), 1) = (repository, sealed) {
-                let late = sqlx::query(UNLISTED_TO_GARBAGE)
+                let late = query(UNLISTED_TO_GARBAGE)
                     .bind(candidate.blob.0)
                     .bind(now_ms)
-                    .execute(&mut *tx)
-                    .await?
-                    .rows_affected();
+                    .execute(tx)
+                    .await?;
                 if late > 0 {
-                    sqlx::query(FORGET_UNLISTED)
-                        .bind(candidate.blob.0)
-                        .execute(&mut *tx)
-                        .await?;
+                    query(FORGET_UNLISTED).bind(candidate.blob.0).execute(tx).await?;
                 }
-                sqlx::query("UPDATE cache_repositories SET size_bytes = size_bytes + $2 WHERE id = $1")
+                query("UPDATE cache_repositories SET size_bytes = size_bytes + $2 WHERE id = $1")
                     .bind(repository)
                     .bind(size_bytes)
-                    .execute(&mut *tx)
+                    .execute(tx)
                     .await?;
                 failpoint::reach("cache_finalize_before_commit");
                 Some(())
@@ -381,15 +377,11 @@ impl Db {
             return Ok(None);
         }
         type Row = (i64, String, String, Uuid, i64, i64);
-        let row: Option<Row> = on!(self, readers, |conn| {
-            let mut query = sqlx::QueryBuilder::new("WITH wanted (place, scope, low, high) AS (");
-            query.push_values((0_i64..).zip(wanted), |mut row, (place, keys)| {
-                row.push_bind(place)
-                    .push_bind(keys.scope)
-                    .push_bind(keys.low)
-                    .push_bind(keys.high);
-            });
-            query
+        let row: Option<Row> = on!(self, Reading, |conn| {
+            query("WITH wanted (place, scope, low, high) AS (")
+                .push_values((0_i64..).zip(wanted), |(place, keys)| {
+                    [place.into(), keys.scope.into(), keys.low.into(), keys.high.into()]
+                })
                 .push(
                     ") SELECT e.id, e.scope, e.key, e.blob_id, e.created_at_ms, e.last_used_at_ms FROM (
                          SELECT w.place, (
@@ -402,11 +394,12 @@ impl Db {
                              ORDER BY c.finalized_at_ms DESC, c.id DESC LIMIT 1) AS id
                          FROM wanted w, cache_repositories r WHERE r.issuer = ",
                 )
-                .push_bind(run.issuer.as_str())
+                .push_bind(&run.issuer)
                 .push(" AND r.repository = ")
-                .push_bind(run.repository.as_str())
-                .push(") found JOIN cache_entries e ON e.id = found.id ORDER BY found.place LIMIT 1");
-            query.build_query_as().fetch_optional(conn).await?
+                .push_bind(&run.repository)
+                .push(") found JOIN cache_entries e ON e.id = found.id ORDER BY found.place LIMIT 1")
+                .fetch_optional(conn)
+                .await?
         });
         Ok(row.map(
             |(id, scope, key, blob, created_at_ms, last_used_at_ms)| FoundCacheEntry {
@@ -431,24 +424,22 @@ impl Db {
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
-        let rows: Vec<(String, String, String, i64)> = on!(self, readers, |conn| {
-            let mut query = sqlx::QueryBuilder::new("WITH wanted (scope, low, high) AS (");
-            query.push_values(wanted, |mut row, keys| {
-                row.push_bind(keys.scope).push_bind(keys.low).push_bind(keys.high);
-            });
-            query
+        let rows: Vec<(String, String, String, i64)> = on!(self, Reading, |conn| {
+            query("WITH wanted (scope, low, high) AS (")
+                .push_values(wanted, |keys| [keys.scope.into(), keys.low.into(), keys.high.into()])
                 .push(
                     ") SELECT e.scope, e.key, e.version, e.created_at_ms
                      FROM wanted w, cache_repositories r, cache_entries e
                      WHERE e.repository_id = r.id AND e.scope = w.scope AND e.key >= w.low AND e.key <= w.high
                          AND e.state = 'finalized' AND r.issuer = ",
                 )
-                .push_bind(run.issuer.as_str())
+                .push_bind(&run.issuer)
                 .push(" AND r.repository = ")
-                .push_bind(run.repository.as_str())
+                .push_bind(&run.repository)
                 .push(" ORDER BY e.finalized_at_ms DESC, e.id DESC LIMIT ")
-                .push_bind(limit);
-            query.build_query_as().fetch_all(conn).await?
+                .push_bind(limit)
+                .fetch_all(conn)
+                .await?
         });
         let listed = |(scope, key, version, created_at_ms)| ListedCacheEntry {
             scope,
@@ -461,8 +452,8 @@ impl Db {
 
     /// Notes that an entry was used at `now_ms`.
     pub async fn touch_cache_entry(&self, id: CacheEntryId, now_ms: i64) -> Result<()> {
-        on!(self, staging, |conn| {
-            sqlx::query("UPDATE cache_entries SET last_used_at_ms = $2 WHERE id = $1 AND last_used_at_ms < $2")
+        on!(self, Staging, |conn| {
+            query("UPDATE cache_entries SET last_used_at_ms = $2 WHERE id = $1 AND last_used_at_ms < $2")
                 .bind(id.0)
                 .bind(now_ms)
                 .execute(conn)
@@ -497,8 +488,8 @@ impl Db {
     /// The repositories whose entries have more bytes than this together, largest first.
     pub async fn large_caches(&self, max_bytes: u64, limit: i64) -> Result<Vec<LargeCache>> {
         let max_bytes = i64::try_from(max_bytes).unwrap_or(i64::MAX);
-        let rows: Vec<(i64, i64)> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let rows: Vec<(i64, i64)> = on!(self, Reading, |conn| {
+            query(
                 "SELECT id, size_bytes - $1 FROM cache_repositories WHERE size_bytes > $1
                  ORDER BY size_bytes DESC LIMIT $2",
             )
@@ -533,8 +524,8 @@ impl Db {
         Ok(entries)
     }
 
-    async fn evictables(&self, query: &'static str, what: i64, limit: i64) -> Result<Vec<Evictable>> {
-        let rows: Vec<EvictableRow> = on!(self, readers, |conn| sqlx::query_as(query)
+    async fn evictables(&self, text: &'static str, what: i64, limit: i64) -> Result<Vec<Evictable>> {
+        let rows: Vec<EvictableRow> = on!(self, Reading, |conn| query(text)
             .bind(what)
             .bind(limit)
             .fetch_all(conn)
@@ -548,35 +539,35 @@ impl Db {
         if entries.is_empty() {
             return Ok(0);
         }
-        let evicted = transaction!(self, durable, |tx| {
+        let evicted = transaction!(self, Durable, |tx| {
             let mut evicted = 0;
             let mut freed = BTreeMap::<i64, i64>::new();
             for entry in entries {
-                let gone: Option<(i64, i64)> = sqlx::query_as(
+                let gone: Option<(i64, i64)> = query(
                     "DELETE FROM cache_entries WHERE id = $1 AND state = $2 AND last_used_at_ms = $3
                      RETURNING repository_id, size_bytes",
                 )
                 .bind(entry.id)
                 .bind(&entry.state)
                 .bind(entry.last_used_at_ms)
-                .fetch_optional(&mut *tx)
+                .fetch_optional(tx)
                 .await?;
                 if let Some((repository, size_bytes)) = gone {
-                    sqlx::query(BURY)
+                    query(BURY)
                         .bind(entry.blob)
                         .bind(tombstone)
                         .bind(now_ms)
-                        .execute(&mut *tx)
+                        .execute(tx)
                         .await?;
                     *freed.entry(repository).or_default() += size_bytes;
                     evicted += 1;
                 }
             }
             for (repository, bytes) in freed.into_iter().filter(|(_, bytes)| *bytes > 0) {
-                sqlx::query("UPDATE cache_repositories SET size_bytes = size_bytes - $2 WHERE id = $1")
+                query("UPDATE cache_repositories SET size_bytes = size_bytes - $2 WHERE id = $1")
                     .bind(repository)
                     .bind(bytes)
-                    .execute(&mut *tx)
+                    .execute(tx)
                     .await?;
             }
             failpoint::reach("clean_evict_before_commit");

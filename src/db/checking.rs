@@ -6,6 +6,7 @@
 use uuid::Uuid;
 
 use super::blobs::digest;
+use super::sql::query;
 use super::{Db, on, transaction, unsigned};
 use crate::error::Result;
 use crate::model::{BlobId, BlobState, ObjectKey, Sha256};
@@ -59,8 +60,8 @@ fn sealed_blob((id, size, sha256): SealedRow) -> Result<SealedBlob> {
 impl Db {
     /// Finalized blobs whose bytes are not known to be lost, in the order of their ids, after `after`.
     pub async fn sealed_blobs(&self, after: BlobId, limit: i64) -> Result<Vec<SealedBlob>> {
-        let rows: Vec<SealedRow> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let rows: Vec<SealedRow> = on!(self, Reading, |conn| {
+            query(
                 "SELECT b.id, b.size_bytes, CASE WHEN b.verification = 'verified' THEN b.sha256 END
                  FROM blobs b
                  WHERE b.id > $1 AND b.state = 'sealed' AND (
@@ -79,8 +80,8 @@ impl Db {
     /// The finalized blob that was not read for the longest time since Finalize, if that was at or before
     /// `read_before_ms`.
     pub async fn blob_to_scrub(&self, read_before_ms: i64) -> Result<Option<SealedBlob>> {
-        let row: Option<SealedRow> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let row: Option<SealedRow> = on!(self, Reading, |conn| {
+            query(
                 "SELECT id, size_bytes, CASE WHEN verification = 'verified' THEN sha256 END FROM blobs
                  WHERE state = 'sealed' AND scrubbed_at_ms <= $1
                  ORDER BY scrubbed_at_ms LIMIT 1",
@@ -94,8 +95,8 @@ impl Db {
 
     /// Notes that a blob's bytes were read at `now_ms`.
     pub async fn mark_scrubbed(&self, blob: BlobId, now_ms: i64) -> Result<()> {
-        on!(self, staging, |conn| {
-            sqlx::query("UPDATE blobs SET scrubbed_at_ms = $2 WHERE id = $1")
+        on!(self, Staging, |conn| {
+            query("UPDATE blobs SET scrubbed_at_ms = $2 WHERE id = $1")
                 .bind(blob.0)
                 .bind(now_ms)
                 .execute(conn)
@@ -107,13 +108,13 @@ impl Db {
     /// Shows the artifact or cache entry of a blob no more, because its bytes are missing or changed; its links answer
     /// "gone". `false` if it was not shown anyway.
     pub async fn mark_lost(&self, blob: BlobId) -> Result<bool> {
-        let marked = transaction!(self, durable, |tx| {
+        let marked = transaction!(self, Durable, |tx| {
             let mut marked = 0;
             for mark in [
                 "UPDATE artifacts SET state = 'lost' WHERE blob_id = $1 AND state = 'finalized'",
                 "UPDATE cache_entries SET state = 'lost' WHERE blob_id = $1 AND state = 'finalized'",
             ] {
-                marked += sqlx::query(mark).bind(blob.0).execute(&mut *tx).await?.rows_affected();
+                marked += query(mark).bind(blob.0).execute(tx).await?;
             }
             (marked > 0).then_some(())
         })?;
@@ -122,8 +123,8 @@ impl Db {
 
     /// Whether a blob is finalized and shown.
     pub async fn is_shown(&self, blob: BlobId) -> Result<bool> {
-        let shown: Option<i64> = on!(self, readers, |conn| {
-            sqlx::query_scalar(
+        let shown: Option<i64> = on!(self, Reading, |conn| {
+            query(
                 "SELECT id FROM artifacts WHERE blob_id = $1 AND state = 'finalized'
                  UNION ALL SELECT id FROM cache_entries WHERE blob_id = $1 AND state = 'finalized'",
             )
@@ -136,9 +137,9 @@ impl Db {
 
     /// Blobs whose state is not what their artifact or cache entry says, or that have none although they are sealed.
     pub async fn torn_blobs(&self) -> Result<Vec<BlobId>> {
-        let ids: Vec<Uuid> = on!(self, readers, |conn| {
+        let ids: Vec<Uuid> = on!(self, Reading, |conn| {
             // One statement, so that all of it is seen as of one moment.
-            sqlx::query_scalar(
+            query(
                 "SELECT b.id FROM blobs b WHERE b.state = 'sealed'
                      AND NOT EXISTS (SELECT 1 FROM artifacts a WHERE a.blob_id = b.id)
                      AND NOT EXISTS (SELECT 1 FROM cache_entries e WHERE e.blob_id = b.id)
@@ -157,8 +158,8 @@ impl Db {
 
     /// Repositories whose counted cache size is wrong.
     pub async fn miscounted_caches(&self) -> Result<Vec<Miscount>> {
-        let rows: Vec<(i64, i64, i64)> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let rows: Vec<(i64, i64, i64)> = on!(self, Reading, |conn| {
+            query(
                 "SELECT r.id, r.size_bytes, CAST(coalesce(sum(e.size_bytes), 0) AS BIGINT)
                  FROM cache_repositories r LEFT JOIN cache_entries e
                      ON e.repository_id = r.id AND e.state <> 'reserved'
@@ -177,7 +178,7 @@ impl Db {
 
     /// Counts a repository's cache anew.
     pub async fn recount_cache(&self, repository: i64) -> Result<()> {
-        transaction!(self, durable, |tx| {
+        transaction!(self, Durable, |tx| {
             // Locked first: the sum must not be from before somebody else's change.
             for step in [
                 "UPDATE cache_repositories SET size_bytes = size_bytes WHERE id = $1",
@@ -185,7 +186,7 @@ impl Db {
                      SELECT CAST(coalesce(sum(size_bytes), 0) AS BIGINT) FROM cache_entries
                      WHERE repository_id = $1 AND state <> 'reserved') WHERE id = $1",
             ] {
-                sqlx::query(step).bind(repository).execute(&mut *tx).await?;
+                query(step).bind(repository).execute(tx).await?;
             }
             Some(())
         })?;
@@ -194,8 +195,8 @@ impl Db {
 
     /// Whose an object is that lies below the prefix of `blob`.
     pub async fn standing(&self, key: &ObjectKey, blob: BlobId) -> Result<Standing> {
-        let named: Option<i64> = on!(self, readers, |conn| {
-            sqlx::query_scalar("SELECT size_bytes FROM blocks WHERE object_key = $1 LIMIT 1")
+        let named: Option<i64> = on!(self, Reading, |conn| {
+            query("SELECT size_bytes FROM blocks WHERE object_key = $1 LIMIT 1")
                 .bind(key.as_str())
                 .fetch_optional(conn)
                 .await?
@@ -203,14 +204,14 @@ impl Db {
         if named.is_some() {
             return Ok(Standing::Named);
         }
-        let garbage: Option<i64> = on!(self, readers, |conn| {
-            sqlx::query_scalar("SELECT created_at_ms FROM garbage WHERE object_key = $1")
+        let garbage: Option<i64> = on!(self, Reading, |conn| {
+            query("SELECT created_at_ms FROM garbage WHERE object_key = $1")
                 .bind(key.as_str())
                 .fetch_optional(conn)
                 .await?
         });
-        let owner: Option<(String, Option<i64>)> = on!(self, readers, |conn| {
-            sqlx::query_as("SELECT state, cleaned_at_ms FROM blobs WHERE id = $1")
+        let owner: Option<(String, Option<i64>)> = on!(self, Reading, |conn| {
+            query("SELECT state, cleaned_at_ms FROM blobs WHERE id = $1")
                 .bind(blob.0)
                 .fetch_optional(conn)
                 .await?
@@ -225,8 +226,8 @@ impl Db {
 
     /// Counts what should be gone: uploads begun, tombstones and garbage made at or before these times.
     pub async fn overdue(&self, uploads_before_ms: i64, dead_before_ms: i64) -> Result<Overdue> {
-        let count = async |query: &'static str, before_ms: i64| -> Result<i64> {
-            Ok(on!(self, readers, |conn| sqlx::query_scalar(query)
+        let count = async |text: &'static str, before_ms: i64| -> Result<i64> {
+            Ok(on!(self, Reading, |conn| query(text)
                 .bind(before_ms)
                 .fetch_one(conn)
                 .await?))

@@ -6,6 +6,7 @@
 use uuid::Uuid;
 
 use super::blobs::{BURY, FORGET_UNLISTED, UNLISTED_TO_GARBAGE};
+use super::sql::query;
 use super::{Db, object_key, on, transaction};
 use crate::error::Result;
 use crate::model::{BlobId, ObjectKey};
@@ -14,8 +15,8 @@ impl Db {
     /// Takes artifacts whose time is up out of the database and leaves their blobs to be deleted.
     /// Returns how many.
     pub async fn expire_artifacts(&self, now_ms: i64, limit: i64) -> Result<u64> {
-        let expired = transaction!(self, durable, |tx| {
-            let blobs: Vec<(Uuid, Option<Uuid>)> = sqlx::query_as(
+        let expired = transaction!(self, Durable, |tx| {
+            let blobs: Vec<(Uuid, Option<Uuid>)> = query(
                 "DELETE FROM artifacts WHERE id IN (
                      SELECT id FROM artifacts WHERE state <> 'pending' AND expires_at_ms <= $1
                      ORDER BY expires_at_ms LIMIT $2)
@@ -23,16 +24,11 @@ impl Db {
             )
             .bind(now_ms)
             .bind(limit)
-            .fetch_all(&mut *tx)
+            .fetch_all(tx)
             .await?;
             for &(blob, container) in &blobs {
                 for blob in [Some(blob), container].into_iter().flatten() {
-                    sqlx::query(BURY)
-                        .bind(blob)
-                        .bind("expired")
-                        .bind(now_ms)
-                        .execute(&mut *tx)
-                        .await?;
+                    query(BURY).bind(blob).bind("expired").bind(now_ms).execute(tx).await?;
                 }
             }
             Some(blobs.len())
@@ -42,15 +38,15 @@ impl Db {
 
     /// Gives up on uploads begun at or before `begun_before_ms` and never finalized. Returns how many.
     pub async fn abandon_uploads(&self, begun_before_ms: i64, now_ms: i64, limit: i64) -> Result<u64> {
-        let abandoned = transaction!(self, durable, |tx| {
-            let blobs: Vec<Uuid> = sqlx::query_scalar(
+        let abandoned = transaction!(self, Durable, |tx| {
+            let blobs: Vec<Uuid> = query(
                 "SELECT id FROM blobs
                  WHERE (state = 'staging' OR (state = 'committed' AND kind <> 'container')) AND created_at_ms <= $1
                  ORDER BY created_at_ms LIMIT $2",
             )
             .bind(begun_before_ms)
             .bind(limit)
-            .fetch_all(&mut *tx)
+            .fetch_all(tx)
             .await?;
             let mut abandoned = 0;
             for blob in blobs {
@@ -59,18 +55,17 @@ impl Db {
                     "DELETE FROM artifacts WHERE blob_id = $1 AND state = 'pending'",
                     "DELETE FROM cache_entries WHERE blob_id = $1 AND state = 'reserved'",
                 ] {
-                    sqlx::query(row).bind(blob).execute(&mut *tx).await?;
+                    query(row).bind(blob).execute(tx).await?;
                 }
-                abandoned += sqlx::query(
+                abandoned += query(
                     "UPDATE blobs SET state = 'deleting', tombstone = 'abandoned', changed_at_ms = $2,
                          cleaned_at_ms = NULL
                      WHERE id = $1 AND (state = 'staging' OR (state = 'committed' AND kind <> 'container'))",
                 )
                 .bind(blob)
                 .bind(now_ms)
-                .execute(&mut *tx)
-                .await?
-                .rows_affected();
+                .execute(tx)
+                .await?;
             }
             Some(abandoned)
         })?;
@@ -124,20 +119,18 @@ impl Db {
 
     /// Notes that a container was swept.
     pub async fn mark_container_swept(&self, blob: BlobId, now_ms: i64) -> Result<()> {
-        on!(self, staging, |conn| {
-            sqlx::query(
-                "UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND kind = 'container' AND state = 'committed'",
-            )
-            .bind(blob.0)
-            .bind(now_ms)
-            .execute(conn)
-            .await?;
+        on!(self, Staging, |conn| {
+            query("UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND kind = 'container' AND state = 'committed'")
+                .bind(blob.0)
+                .bind(now_ms)
+                .execute(conn)
+                .await?;
         });
         Ok(())
     }
 
-    async fn blob_ids(&self, query: &'static str, before_ms: i64, limit: i64) -> Result<Vec<BlobId>> {
-        let ids: Vec<Uuid> = on!(self, readers, |conn| sqlx::query_scalar(query)
+    async fn blob_ids(&self, text: &'static str, before_ms: i64, limit: i64) -> Result<Vec<BlobId>> {
+        let ids: Vec<Uuid> = on!(self, Reading, |conn| query(text)
             .bind(before_ms)
             .bind(limit)
             .fetch_all(conn)
@@ -147,8 +140,8 @@ impl Db {
 
     /// Every object that a blob's rows name.
     pub async fn objects_of(&self, blob: BlobId) -> Result<Vec<ObjectKey>> {
-        let keys: Vec<String> = on!(self, readers, |conn| {
-            sqlx::query_scalar("SELECT DISTINCT object_key FROM blocks WHERE blob_id = $1")
+        let keys: Vec<String> = on!(self, Reading, |conn| {
+            query("SELECT DISTINCT object_key FROM blocks WHERE blob_id = $1")
                 .bind(blob.0)
                 .fetch_all(conn)
                 .await?
@@ -158,8 +151,8 @@ impl Db {
 
     /// Whether a row of any blob that is not being deleted names this object.
     pub async fn is_object_in_use(&self, key: &ObjectKey) -> Result<bool> {
-        let user: Option<i64> = on!(self, readers, |conn| {
-            sqlx::query_scalar(
+        let user: Option<i64> = on!(self, Reading, |conn| {
+            query(
                 "SELECT CAST(1 AS BIGINT) FROM blocks k JOIN blobs b ON b.id = k.blob_id
                  WHERE k.object_key = $1 AND b.state <> 'deleting' LIMIT 1",
             )
@@ -172,13 +165,12 @@ impl Db {
 
     /// Forgets the blocks of a tombstone whose objects were deleted.
     pub async fn mark_emptied(&self, blob: BlobId, now_ms: i64) -> Result<()> {
-        transaction!(self, staging, |tx| {
-            let dead = sqlx::query("UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND state = 'deleting'")
+        transaction!(self, Staging, |tx| {
+            let dead = query("UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND state = 'deleting'")
                 .bind(blob.0)
                 .bind(now_ms)
-                .execute(&mut *tx)
-                .await?
-                .rows_affected();
+                .execute(tx)
+                .await?;
             if dead == 0 {
                 None
             } else {
@@ -186,7 +178,7 @@ impl Db {
                     "DELETE FROM blocks WHERE blob_id = $1",
                     "DELETE FROM files WHERE container_id = $1",
                 ] {
-                    sqlx::query(rest).bind(blob.0).execute(&mut *tx).await?;
+                    query(rest).bind(blob.0).execute(tx).await?;
                 }
                 Some(())
             }
@@ -196,12 +188,11 @@ impl Db {
 
     /// Forgets a tombstone altogether.
     pub async fn drop_blob(&self, blob: BlobId) -> Result<()> {
-        transaction!(self, staging, |tx| {
-            let dead = sqlx::query("UPDATE blobs SET state = state WHERE id = $1 AND state = 'deleting'")
+        transaction!(self, Staging, |tx| {
+            let dead = query("UPDATE blobs SET state = state WHERE id = $1 AND state = 'deleting'")
                 .bind(blob.0)
-                .execute(&mut *tx)
-                .await?
-                .rows_affected();
+                .execute(tx)
+                .await?;
             if dead == 0 {
                 None
             } else {
@@ -212,11 +203,11 @@ impl Db {
                     "DELETE FROM files WHERE container_id = $1",
                     "DELETE FROM containers WHERE blob_id = $1",
                 ] {
-                    sqlx::query(rest).bind(blob.0).execute(&mut *tx).await?;
+                    query(rest).bind(blob.0).execute(tx).await?;
                 }
-                sqlx::query("DELETE FROM blobs WHERE id = $1")
+                query("DELETE FROM blobs WHERE id = $1")
                     .bind(blob.0)
-                    .execute(&mut *tx)
+                    .execute(tx)
                     .await?;
                 Some(())
             }
@@ -226,18 +217,14 @@ impl Db {
 
     /// Forgets blocks of a sealed blob that arrived too late to be content, and notes that it was swept.
     pub async fn mark_swept(&self, blob: BlobId, now_ms: i64) -> Result<()> {
-        transaction!(self, staging, |tx| {
-            sqlx::query("UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND state = 'sealed'")
+        transaction!(self, Staging, |tx| {
+            query("UPDATE blobs SET cleaned_at_ms = $2 WHERE id = $1 AND state = 'sealed'")
                 .bind(blob.0)
                 .bind(now_ms)
-                .execute(&mut *tx)
+                .execute(tx)
                 .await?;
-            sqlx::query(UNLISTED_TO_GARBAGE)
-                .bind(blob.0)
-                .bind(now_ms)
-                .execute(&mut *tx)
-                .await?;
-            sqlx::query(FORGET_UNLISTED).bind(blob.0).execute(&mut *tx).await?;
+            query(UNLISTED_TO_GARBAGE).bind(blob.0).bind(now_ms).execute(tx).await?;
+            query(FORGET_UNLISTED).bind(blob.0).execute(tx).await?;
             Some(())
         })?;
         Ok(())
@@ -245,8 +232,8 @@ impl Db {
 
     /// Objects recorded as garbage, oldest first.
     pub async fn garbage(&self, limit: i64) -> Result<Vec<ObjectKey>> {
-        let keys: Vec<String> = on!(self, readers, |conn| {
-            sqlx::query_scalar("SELECT object_key FROM garbage ORDER BY created_at_ms LIMIT $1")
+        let keys: Vec<String> = on!(self, Reading, |conn| {
+            query("SELECT object_key FROM garbage ORDER BY created_at_ms LIMIT $1")
                 .bind(limit)
                 .fetch_all(conn)
                 .await?
@@ -256,8 +243,8 @@ impl Db {
 
     /// Forgets garbage whose object was deleted.
     pub async fn drop_garbage(&self, key: &ObjectKey) -> Result<()> {
-        on!(self, staging, |conn| {
-            sqlx::query("DELETE FROM garbage WHERE object_key = $1")
+        on!(self, Staging, |conn| {
+            query("DELETE FROM garbage WHERE object_key = $1")
                 .bind(key.as_str())
                 .execute(conn)
                 .await?;
@@ -267,8 +254,8 @@ impl Db {
 
     /// How many blobs are in each state. Reads every row.
     pub async fn blob_counts(&self) -> Result<Vec<(String, i64)>> {
-        Ok(on!(self, readers, |conn| {
-            sqlx::query_as("SELECT state, CAST(count(*) AS BIGINT) FROM blobs GROUP BY state")
+        Ok(on!(self, Reading, |conn| {
+            query("SELECT state, CAST(count(*) AS BIGINT) FROM blobs GROUP BY state")
                 .fetch_all(conn)
                 .await?
         }))
@@ -276,12 +263,10 @@ impl Db {
 
     /// How many sealed blobs wait for their hash.
     pub async fn pending_verifications(&self) -> Result<i64> {
-        Ok(on!(self, readers, |conn| {
-            sqlx::query_scalar(
-                "SELECT CAST(count(*) AS BIGINT) FROM blobs WHERE verification = 'pending' AND state = 'sealed'",
-            )
-            .fetch_one(conn)
-            .await?
+        Ok(on!(self, Reading, |conn| {
+            query("SELECT CAST(count(*) AS BIGINT) FROM blobs WHERE verification = 'pending' AND state = 'sealed'")
+                .fetch_one(conn)
+                .await?
         }))
     }
 }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use sqlx::Connection as _;
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions, SqliteSynchronous};
 
 use super::{Db, Sqlite, sqlite};
 use crate::failpoint;
@@ -23,9 +23,6 @@ static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A connection that was used less than this ago is not asked whether it still is one: that is a trip to the server.
 const KNOWN_GOOD_FOR: Duration = Duration::from_secs(1);
-
-/// Rows that SQLite's thread hands over before it waits for somebody to take one: with few, a long list is all waiting.
-const SQLITE_ROWS: usize = 1024;
 
 /// The `[database]` section of the configuration.
 #[derive(Clone, Debug, Deserialize)]
@@ -68,12 +65,10 @@ impl Db {
         synced: bool,
     ) -> Result<Self, String> {
         if settings.is_embedded() {
-            let durable = if synced {
-                SqliteSynchronous::Full
-            } else {
-                SqliteSynchronous::Normal
-            };
-            Self::connect_sqlite(&data_dir.join("wharfinger.db"), durable).await
+            let file = data_dir.join("wharfinger.db");
+            Sqlite::open(&file, synced)
+                .map(Self::Sqlite)
+                .map_err(|error| format!("cannot open {} ({error}); is it writable?", file.display()))
         } else {
             Self::connect_postgres(settings, ca_file).await
         }
@@ -111,20 +106,6 @@ impl Db {
         Ok(Self::Postgres(pool))
     }
 
-    async fn connect_sqlite(path: &Path, durable: SqliteSynchronous) -> Result<Self, String> {
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .busy_timeout(sqlite::TIMEOUT)
-            .row_buffer_size(SQLITE_ROWS)
-            .foreign_keys(true);
-        Sqlite::open(&options, durable)
-            .await
-            .map(Self::Sqlite)
-            .map_err(|error| format!("cannot open {} ({error}); is it writable?", path.display()))
-    }
-
     /// Brings the schema up to date. Any number of replicas may call this at once; on SQLite the caller holds
     /// the data directory's lock.
     pub async fn migrate(&self) -> Result<(), String> {
@@ -139,7 +120,10 @@ impl Db {
                 }
             }
             Db::Sqlite(sqlite) => {
-                let options = sqlite.durable_options();
+                let options = SqliteConnectOptions::new()
+                    .filename(sqlite.file())
+                    .busy_timeout(sqlite::TIMEOUT)
+                    .synchronous(SqliteSynchronous::Full);
                 match SqlitePoolOptions::new().max_connections(1).connect_with(options).await {
                     Ok(pool) => {
                         let outcome = in_steps!(SQLITE, &pool);

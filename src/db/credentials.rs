@@ -3,6 +3,7 @@
 //! Called by `service/credentials.rs` and `service/cleaner.rs`. Knows no secret: of an API token only a hash comes here,
 //! of a signing key only its id.
 
+use super::sql::query;
 use super::{Db, on, transaction};
 use crate::error::{Error, Result};
 use crate::model::{Access, ApiToken, ClosedRun, Repositories, SigningKey};
@@ -58,31 +59,27 @@ fn given(text: String) -> Option<String> {
 impl Db {
     /// All signing keys, retired ones too, the oldest first.
     pub async fn signing_keys(&self) -> Result<Vec<SigningKey>> {
-        let rows: Vec<KeyRow> = on!(self, readers, |conn| {
-            sqlx::query_as(
-                "SELECT id, created_at_ms, signs_from_ms, retired_at_ms FROM signing_keys ORDER BY signs_from_ms, id",
-            )
-            .fetch_all(conn)
-            .await?
+        let rows: Vec<KeyRow> = on!(self, Reading, |conn| {
+            query("SELECT id, created_at_ms, signs_from_ms, retired_at_ms FROM signing_keys ORDER BY signs_from_ms, id")
+                .fetch_all(conn)
+                .await?
         });
         Ok(rows.into_iter().map(signing_key).collect())
     }
 
     /// Adds a key that signs from `signs_from_ms` on.
     pub async fn add_signing_key(&self, now_ms: i64, signs_from_ms: i64) -> Result<SigningKey> {
-        let row: Option<KeyRow> = transaction!(self, durable, |tx| {
+        let row: Option<KeyRow> = transaction!(self, Durable, |tx| {
             // Of two that rotate at once the second waits here, or is refused by the key.
-            let (count,): (i64,) = sqlx::query_as("SELECT COUNT(*) FROM signing_keys")
-                .fetch_one(&mut *tx)
-                .await?;
-            sqlx::query_as(
+            let (count,): (i64,) = query("SELECT COUNT(*) FROM signing_keys").fetch_one(tx).await?;
+            query(
                 "INSERT INTO signing_keys (id, created_at_ms, signs_from_ms) VALUES ($1, $2, $3)
                  ON CONFLICT (id) DO NOTHING RETURNING id, created_at_ms, signs_from_ms, retired_at_ms",
             )
             .bind((count + 1).to_string())
             .bind(now_ms)
             .bind(signs_from_ms)
-            .fetch_optional(&mut *tx)
+            .fetch_optional(tx)
             .await?
         })?;
         row.map(signing_key)
@@ -92,8 +89,8 @@ impl Db {
     /// Retires a key, if a newer one has been signing since `superseded_since_ms` or before, or if it never signed.
     /// So the newest that signs always stays. Whether it was retired.
     pub async fn retire_signing_key(&self, id: &str, now_ms: i64, superseded_since_ms: i64) -> Result<bool> {
-        let retired = on!(self, durable, |conn| {
-            sqlx::query(
+        let retired = on!(self, Durable, |conn| {
+            query(
                 "UPDATE signing_keys SET retired_at_ms = $2
                  WHERE id = $1 AND retired_at_ms IS NULL AND (signs_from_ms > $2 OR EXISTS (
                      SELECT 1 FROM signing_keys newer WHERE newer.retired_at_ms IS NULL
@@ -104,7 +101,6 @@ impl Db {
             .bind(superseded_since_ms)
             .execute(conn)
             .await?
-            .rows_affected()
         });
         Ok(retired > 0)
     }
@@ -115,8 +111,8 @@ impl Db {
             Repositories::All => None,
             Repositories::Some(listed) => Some(listed.join(" ")),
         };
-        on!(self, durable, |conn| {
-            sqlx::query(
+        on!(self, Durable, |conn| {
+            query(
                 "INSERT INTO api_tokens
                  (id, secret_sha256, name, issuer, repositories, access, created_at_ms, expires_at_ms)
                  VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
@@ -150,8 +146,8 @@ impl Db {
     }
 
     async fn token_rows(&self, id: Option<&str>) -> Result<Vec<TokenRow>> {
-        let rows = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let rows = on!(self, Reading, |conn| {
+            query(
                 "SELECT secret_sha256, id, name, issuer, repositories, access, created_at_ms, expires_at_ms,
                      last_used_at_ms, revoked_at_ms
                  FROM api_tokens WHERE (CAST($1 AS TEXT) IS NULL OR id = $1) ORDER BY created_at_ms, id",
@@ -165,8 +161,8 @@ impl Db {
 
     /// Notes that an API token was used.
     pub async fn note_api_token_use(&self, id: &str, now_ms: i64) -> Result<()> {
-        on!(self, staging, |conn| {
-            sqlx::query("UPDATE api_tokens SET last_used_at_ms = $2 WHERE id = $1")
+        on!(self, Staging, |conn| {
+            query("UPDATE api_tokens SET last_used_at_ms = $2 WHERE id = $1")
                 .bind(id)
                 .bind(now_ms)
                 .execute(conn)
@@ -177,21 +173,20 @@ impl Db {
 
     /// Ends an API token. Whether there was one that had not ended that way.
     pub async fn revoke_api_token(&self, id: &str, now_ms: i64) -> Result<bool> {
-        let revoked = on!(self, durable, |conn| {
-            sqlx::query("UPDATE api_tokens SET revoked_at_ms = $2 WHERE id = $1 AND revoked_at_ms IS NULL")
+        let revoked = on!(self, Durable, |conn| {
+            query("UPDATE api_tokens SET revoked_at_ms = $2 WHERE id = $1 AND revoked_at_ms IS NULL")
                 .bind(id)
                 .bind(now_ms)
                 .execute(conn)
                 .await?
-                .rows_affected()
         });
         Ok(revoked > 0)
     }
 
     /// Notes that a run or a job was closed; closed again, it is closed for longer.
     pub async fn close_run(&self, run: &ClosedRun) -> Result<()> {
-        on!(self, durable, |conn| {
-            sqlx::query(
+        on!(self, Durable, |conn| {
+            query(
                 "INSERT INTO closed_runs (issuer, repository, run, job, closed_at_ms, ends_issued_until_ms)
                  VALUES ($1, $2, $3, $4, $5, $6)
                  ON CONFLICT (issuer, repository, run, job) DO UPDATE
@@ -211,8 +206,8 @@ impl Db {
 
     /// What was closed at `since_ms` or later.
     pub async fn closed_runs(&self, since_ms: i64) -> Result<Vec<ClosedRun>> {
-        let rows: Vec<ClosedRow> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let rows: Vec<ClosedRow> = on!(self, Reading, |conn| {
+            query(
                 "SELECT issuer, repository, run, job, closed_at_ms, ends_issued_until_ms
                  FROM closed_runs WHERE closed_at_ms >= $1",
             )
@@ -233,8 +228,8 @@ impl Db {
 
     /// Forgets what was closed before `before_ms`.
     pub async fn forget_closed_runs(&self, before_ms: i64) -> Result<()> {
-        on!(self, staging, |conn| {
-            sqlx::query("DELETE FROM closed_runs WHERE closed_at_ms < $1")
+        on!(self, Staging, |conn| {
+            query("DELETE FROM closed_runs WHERE closed_at_ms < $1")
                 .bind(before_ms)
                 .execute(conn)
                 .await?;

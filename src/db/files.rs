@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::artifacts::{INSERT_ARTIFACT, LOCK_NAME, over_limit};
 use super::blobs::{BEGIN, BURY};
+use super::sql::{query, row_struct};
 use super::{Created, Db, Failure, NewArtifact, TRIES, lost_every_race, object_key, on, signed, transaction, unsigned};
 use crate::error::{Error, Result};
 use crate::failpoint;
@@ -125,16 +126,17 @@ pub struct BrokenFile {
     pub path: String,
 }
 
-#[derive(sqlx::FromRow)]
-struct FileRow {
-    id: Uuid,
-    path: String,
-    encoding: String,
-    length_bytes: i64,
-    total_bytes: i64,
-    header_bytes: Option<i64>,
-    revision: Option<i64>,
-    completed_at_ms: Option<i64>,
+row_struct! {
+    struct FileRow {
+        id: Uuid,
+        path: String,
+        encoding: String,
+        length_bytes: i64,
+        total_bytes: i64,
+        header_bytes: Option<i64>,
+        revision: Option<i64>,
+        completed_at_ms: Option<i64>,
+    }
 }
 
 impl TryFrom<FileRow> for File {
@@ -154,17 +156,18 @@ impl TryFrom<FileRow> for File {
     }
 }
 
-#[derive(sqlx::FromRow)]
-struct ChunkRow {
-    file_id: Uuid,
-    file_offset: i64,
-    crc32: i64,
-    tail: Vec<u8>,
-    core_crc64: i64,
-    object_key: String,
-    object_offset: i64,
-    size_bytes: i64,
-    crc64: i64,
+row_struct! {
+    struct ChunkRow {
+        file_id: Uuid,
+        file_offset: i64,
+        crc32: i64,
+        tail: Vec<u8>,
+        core_crc64: i64,
+        object_key: String,
+        object_offset: i64,
+        size_bytes: i64,
+        crc64: i64,
+    }
 }
 
 impl TryFrom<ChunkRow> for FileChunk {
@@ -190,25 +193,27 @@ impl TryFrom<ChunkRow> for FileChunk {
     }
 }
 
-#[derive(sqlx::FromRow)]
-struct ContainerRow {
-    id: i64,
-    name: String,
-    run_attempt: i32,
-    container_id: Uuid,
-    size_bytes: i64,
-    state: String,
+row_struct! {
+    struct ContainerRow {
+        id: i64,
+        name: String,
+        run_attempt: i32,
+        container_id: Uuid,
+        size_bytes: i64,
+        state: String,
+    }
 }
 
-/// A file as whoever sends a chunk finds it.
-#[derive(sqlx::FromRow)]
-struct Begun {
-    id: Uuid,
-    uploader: String,
-    encoding: String,
-    total_bytes: i64,
-    received_bytes: i64,
-    chunk_count: i64,
+row_struct! {
+    /// A file as whoever sends a chunk finds it.
+    struct Begun {
+        id: Uuid,
+        uploader: String,
+        encoding: String,
+        total_bytes: i64,
+        received_bytes: i64,
+        chunk_count: i64,
+    }
 }
 
 /// Locks an open container and returns its new revision. The first statement of whoever changes a file.
@@ -260,68 +265,63 @@ impl Db {
         let run = &principal.run;
         let blob = BlobId::fresh();
         let mut refused = None;
-        let opened = transaction!(self, durable, |tx| {
+        let opened = transaction!(self, Durable, |tx| {
             refused = None;
             type There = (i64, String, Uuid, Option<Uuid>, i64);
-            let there: Option<There> = sqlx::query_as(LOCK_NAME)
+            let there: Option<There> = query(LOCK_NAME)
                 .bind(&run.issuer)
                 .bind(&run.repository)
                 .bind(&run.run_backend_id)
                 .bind(name)
                 .bind(principal.run_attempt)
-                .fetch_optional(&mut *tx)
+                .fetch_optional(tx)
                 .await?;
             let mut joined = None;
             if let Some((id, state, shown, container, expires_at_ms)) = there {
                 let lives = state == "pending" || state == "finalized" && expires_at_ms > now_ms;
                 match container {
                     Some(container) if lives => {
-                        sqlx::query("UPDATE artifacts SET expires_at_ms = $2 WHERE id = $1 AND expires_at_ms < $2")
+                        query("UPDATE artifacts SET expires_at_ms = $2 WHERE id = $1 AND expires_at_ms < $2")
                             .bind(id)
                             .bind(new.expires_at_ms)
-                            .execute(&mut *tx)
+                            .execute(tx)
                             .await?;
                         // Whoever joins an upload has as much time as whoever begins one.
-                        sqlx::query("UPDATE blobs SET created_at_ms = $2 WHERE id = $1 AND state = 'staging'")
+                        query("UPDATE blobs SET created_at_ms = $2 WHERE id = $1 AND state = 'staging'")
                             .bind(container)
                             .bind(now_ms)
-                            .execute(&mut *tx)
+                            .execute(tx)
                             .await?;
                         joined = Some(id);
                     }
                     None if lives => refused = Some(Created::Exists),
                     _ => {
                         for blob in [Some(shown), container].into_iter().flatten() {
-                            sqlx::query(BURY)
-                                .bind(blob)
-                                .bind("expired")
-                                .bind(now_ms)
-                                .execute(&mut *tx)
-                                .await?;
+                            query(BURY).bind(blob).bind("expired").bind(now_ms).execute(tx).await?;
                         }
-                        sqlx::query("DELETE FROM artifacts WHERE id = $1")
+                        query("DELETE FROM artifacts WHERE id = $1")
                             .bind(id)
-                            .execute(&mut *tx)
+                            .execute(tx)
                             .await?;
                     }
                 }
             }
             let mut opened = joined;
             if joined.is_none() && refused.is_none() {
-                sqlx::query(BEGIN)
+                query(BEGIN)
                     .bind(blob.0)
                     .bind("container")
                     .bind(now_ms)
-                    .execute(&mut *tx)
+                    .execute(tx)
                     .await?;
-                sqlx::query(
+                query(
                     "INSERT INTO containers (blob_id, file_count, received_bytes, replaced_count, published_bytes)
                      VALUES ($1, 0, 0, 0, 0)",
                 )
                 .bind(blob.0)
-                .execute(&mut *tx)
+                .execute(tx)
                 .await?;
-                opened = sqlx::query_scalar(INSERT_ARTIFACT)
+                opened = query(INSERT_ARTIFACT)
                     .bind(&run.issuer)
                     .bind(&run.repository)
                     .bind(&run.run_backend_id)
@@ -336,7 +336,7 @@ impl Db {
                     .bind(now_ms)
                     .bind(new.expires_at_ms)
                     .bind(blob.0)
-                    .fetch_optional(&mut *tx)
+                    .fetch_optional(tx)
                     .await?;
                 if opened.is_some() {
                     refused = over_limit!(tx, new);
@@ -355,8 +355,8 @@ impl Db {
     /// A container of the job's run, of its own attempt or an earlier one, if it lives at `now_ms`.
     pub async fn container(&self, principal: &Principal, id: ArtifactId, now_ms: i64) -> Result<Option<Container>> {
         let run = &principal.run;
-        let row: Option<ContainerRow> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let row: Option<ContainerRow> = on!(self, Reading, |conn| {
+            query(
                 "SELECT a.id, a.name, a.run_attempt, a.container_id, b.size_bytes, a.state
                  FROM artifacts a JOIN blobs b ON b.id = a.container_id
                  WHERE a.id = $1 AND a.issuer = $2 AND a.repository = $3 AND a.run_backend_id = $4
@@ -392,22 +392,22 @@ impl Db {
         let header = new.sums.header_bytes.map(signed).transpose()?;
         let fresh = Uuid::now_v7();
         let mut refused = Staged::Closed;
-        let staged = transaction!(self, staging, |tx| {
+        let staged = transaction!(self, Staging, |tx| {
             refused = Staged::Closed;
-            let revision: Option<i64> = sqlx::query_scalar(LOCK_CONTAINER)
+            let revision: Option<i64> = query(LOCK_CONTAINER)
                 .bind(new.container.0)
                 .bind(size)
-                .fetch_optional(&mut *tx)
+                .fetch_optional(tx)
                 .await?;
             if let Some(revision) = revision {
-                let there: Vec<Begun> = sqlx::query_as(
+                let there: Vec<Begun> = query(
                     "SELECT id, uploader, encoding, total_bytes, received_bytes, chunk_count FROM files
                      WHERE container_id = $1 AND path = $2 AND uploader IN ('', $3)",
                 )
                 .bind(new.container.0)
                 .bind(new.path)
                 .bind(new.job_backend_id)
-                .fetch_all(&mut *tx)
+                .fetch_all(tx)
                 .await?;
                 let (complete, begun): (Vec<_>, Vec<_>) = there.into_iter().partition(|file| file.uploader.is_empty());
                 let (complete, begun) = (complete.into_iter().next(), begun.into_iter().next());
@@ -415,9 +415,9 @@ impl Db {
                 let (mut file, mut received, mut chunk_count) = (None, size, 1);
                 let mut forgotten = Vec::new();
                 if offset == 0 {
-                    let file_count: i64 = sqlx::query_scalar("SELECT file_count FROM containers WHERE blob_id = $1")
+                    let file_count: i64 = query("SELECT file_count FROM containers WHERE blob_id = $1")
                         .bind(new.container.0)
-                        .fetch_one(&mut *tx)
+                        .fetch_one(tx)
                         .await?;
                     if begun.is_none() && complete.is_none() && file_count >= new.max_files {
                         refused = Staged::TooManyFiles;
@@ -441,7 +441,7 @@ impl Db {
                     // Perhaps the answer to it was lost.
                     refused = Staged::OutOfOrder;
                     for file in [&begun, &complete].into_iter().flatten().filter(is_this_file) {
-                        let same: Option<(i64, i64)> = sqlx::query_as(
+                        let same: Option<(i64, i64)> = query(
                             "SELECT b.size_bytes, b.crc64 FROM chunks c
                                  JOIN blocks b ON b.blob_id = $1 AND b.block_id = c.block_id AND b.start_offset IS NULL
                              WHERE c.file_id = $2 AND c.file_offset = $3",
@@ -449,7 +449,7 @@ impl Db {
                         .bind(new.container.0)
                         .bind(file.id)
                         .bind(offset)
-                        .fetch_optional(&mut *tx)
+                        .fetch_optional(tx)
                         .await?;
                         if same.is_some() && same == new.block.map(|block| (size, block.crc64.cast_signed())) {
                             refused = Staged::AlreadyThere;
@@ -463,24 +463,24 @@ impl Db {
                         forgotten.extend(complete);
                     }
                     for old in &forgotten {
-                        sqlx::query(DISCARD_OBJECTS)
+                        query(DISCARD_OBJECTS)
                             .bind(old.id)
                             .bind(new.container.0)
                             .bind(new.now_ms)
-                            .execute(&mut *tx)
+                            .execute(tx)
                             .await?;
-                        sqlx::query(FORGET_BLOCKS)
+                        query(FORGET_BLOCKS)
                             .bind(old.id)
                             .bind(new.container.0)
-                            .execute(&mut *tx)
+                            .execute(tx)
                             .await?;
-                        sqlx::query("DELETE FROM files WHERE id = $1")
+                        query("DELETE FROM files WHERE id = $1")
                             .bind(old.id)
-                            .execute(&mut *tx)
+                            .execute(tx)
                             .await?;
                     }
                     if offset == 0 {
-                        sqlx::query(
+                        query(
                             "INSERT INTO files (id, container_id, path, uploader, encoding, length_bytes, total_bytes,
                                  received_bytes, chunk_count, header_bytes)
                              VALUES ($1, $2, $3, $4, $5, $6, $7, 0, 0, $8)",
@@ -493,10 +493,10 @@ impl Db {
                         .bind(length)
                         .bind(total)
                         .bind(header)
-                        .execute(&mut *tx)
+                        .execute(tx)
                         .await?;
                     }
-                    sqlx::query(
+                    query(
                         "UPDATE files SET received_bytes = $2, chunk_count = $3, uploader = $4, revision = $5,
                              completed_at_ms = $6, length_bytes = $7
                          WHERE id = $1",
@@ -508,12 +508,12 @@ impl Db {
                     .bind(is_complete.then_some(revision))
                     .bind(is_complete.then_some(new.now_ms))
                     .bind(length)
-                    .execute(&mut *tx)
+                    .execute(tx)
                     .await?;
                     if let Some(block) = new.block {
                         // Any id will do that no other block of the container has.
                         let block_id = fresh.simple().to_string();
-                        sqlx::query(
+                        query(
                             "INSERT INTO blocks (blob_id, block_id, object_key, object_offset, size_bytes, crc64)
                              VALUES ($1, $2, $3, $4, $5, $6)",
                         )
@@ -523,9 +523,9 @@ impl Db {
                         .bind(signed(block.object_offset)?)
                         .bind(size)
                         .bind(block.crc64.cast_signed())
-                        .execute(&mut *tx)
+                        .execute(tx)
                         .await?;
-                        sqlx::query(
+                        query(
                             "INSERT INTO chunks (file_id, file_offset, block_id, crc32, tail, core_crc64)
                              VALUES ($1, $2, $3, $4, $5, $6)",
                         )
@@ -535,14 +535,14 @@ impl Db {
                         .bind(i64::from(new.sums.crc32))
                         .bind(new.sums.tail.as_slice())
                         .bind(new.sums.core_crc64.cast_signed())
-                        .execute(&mut *tx)
+                        .execute(tx)
                         .await?;
                     }
                     let (gone, gone_bytes) = (
                         forgotten.len() as i64,
                         forgotten.iter().map(|old| old.received_bytes).sum::<i64>(),
                     );
-                    sqlx::query(
+                    query(
                         "UPDATE containers SET file_count = file_count + $2, received_bytes = received_bytes + $3,
                              replaced_count = replaced_count + $4
                          WHERE blob_id = $1",
@@ -551,13 +551,13 @@ impl Db {
                     .bind(i64::from(offset == 0) - gone)
                     .bind(if is_complete { length } else { 0 })
                     .bind(i64::from(replaces))
-                    .execute(&mut *tx)
+                    .execute(tx)
                     .await?;
                     if gone_bytes > 0 {
-                        sqlx::query("UPDATE blobs SET size_bytes = size_bytes - $2 WHERE id = $1")
+                        query("UPDATE blobs SET size_bytes = size_bytes - $2 WHERE id = $1")
                             .bind(new.container.0)
                             .bind(gone_bytes)
-                            .execute(&mut *tx)
+                            .execute(tx)
                             .await?;
                     }
                     failpoint::reach("chunk_before_commit");
@@ -578,8 +578,8 @@ impl Db {
 
     /// Complete files of a container whose paths come after `after`, in their order.
     pub async fn files(&self, container: BlobId, after: &str, limit: i64) -> Result<Vec<File>> {
-        let rows: Vec<FileRow> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let rows: Vec<FileRow> = on!(self, Reading, |conn| {
+            query(
                 "SELECT id, path, encoding, length_bytes, total_bytes, header_bytes, revision, completed_at_ms
                  FROM files WHERE container_id = $1 AND uploader = '' AND path > $2 ORDER BY path LIMIT $3",
             )
@@ -594,8 +594,8 @@ impl Db {
 
     /// The complete file that has a path.
     pub async fn file(&self, container: BlobId, path: &str) -> Result<Option<File>> {
-        let row: Option<FileRow> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let row: Option<FileRow> = on!(self, Reading, |conn| {
+            query(
                 "SELECT id, path, encoding, length_bytes, total_bytes, header_bytes, revision, completed_at_ms
                  FROM files WHERE container_id = $1 AND uploader = '' AND path = $2",
             )
@@ -609,7 +609,7 @@ impl Db {
 
     /// The chunks of the complete files from one path to another, both included, by file; those of each in order.
     pub async fn chunks(&self, container: BlobId, from: &str, to: &str) -> Result<HashMap<Uuid, Vec<FileChunk>>> {
-        let rows: Vec<ChunkRow> = on!(self, readers, |conn| sqlx::query_as(CHUNKS)
+        let rows: Vec<ChunkRow> = on!(self, Reading, |conn| query(CHUNKS)
             .bind(container.0)
             .bind(from)
             .bind(to)
@@ -625,8 +625,8 @@ impl Db {
     /// Complete files whose chunks are not all there, or do not add up, of the containers that artifacts have.
     pub async fn broken_files(&self, after: Option<&BrokenFile>, limit: i64) -> Result<Vec<BrokenFile>> {
         let (container, path) = after.map_or((Uuid::nil(), ""), |file| (file.container.0, file.path.as_str()));
-        let rows: Vec<(Uuid, String)> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let rows: Vec<(Uuid, String)> = on!(self, Reading, |conn| {
+            query(
                 "SELECT f.container_id, f.path FROM files f
                  WHERE (f.container_id, f.path) > ($1, $2) AND f.uploader = ''
                      AND EXISTS (SELECT 1 FROM artifacts a WHERE a.container_id = f.container_id)

@@ -14,6 +14,8 @@ mod credentials;
 mod files;
 mod publishing;
 mod repositories;
+mod session;
+mod sql;
 mod sqlite;
 
 pub use artifacts::{Created, FinalizeCandidate, ListedArtifact, NewArtifact, NewestArtifact, Sealing};
@@ -27,6 +29,7 @@ pub use connect::Settings;
 pub use files::{BrokenFile, ChunkSums, Container, Encoding, File, FileChunk, NewChunk, Staged};
 pub use publishing::Publication;
 pub use repositories::{Filter, Page, RepositoryArtifact, RepositoryRun, RunJob, Usage, View};
+pub use session::Lane;
 pub use sqlite::{Lent, Sqlite};
 
 use std::borrow::Cow;
@@ -35,6 +38,7 @@ use sqlx::PgPool;
 use sqlx::postgres::PgDatabaseError;
 use uuid::Uuid;
 
+use self::sql::{SqlError, query};
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::model::ObjectKey;
@@ -46,21 +50,15 @@ pub enum Db {
     Sqlite(Sqlite),
 }
 
-/// Runs one expression on whichever database this is, with `$conn` bound to something that executes queries.
-/// `$lane` names the SQLite connection to use: `readers`, `durable` or `staging`.
+/// Runs one statement, with `$session` bound to what it is asked of, and keeps what it did. `$lane` is a [`Lane`].
 macro_rules! on {
-    ($db:expr, $lane:ident, |$conn:ident| $body:expr) => {
-        match $db {
-            $crate::db::Db::Postgres($conn) => $body,
-            $crate::db::Db::Sqlite(sqlite) => {
-                let mut lent = sqlite.$lane().await?;
-                let $conn = lent.connection()?;
-                let value = $body;
-                lent.done();
-                value
-            }
-        }
-    };
+    ($db:expr, $lane:ident, |$session:ident| $body:expr) => {{
+        let mut session = $db.session($crate::db::Lane::$lane).await?;
+        let $session = &mut session;
+        let value = $body;
+        session.done().await?;
+        value
+    }};
 }
 
 /// Runs a block in one transaction and is a `Result<_, Failure>`. `?` inside rolls back; the block's value is returned
@@ -71,27 +69,13 @@ macro_rules! transaction {
         let mut attempts_left = $crate::db::ATTEMPTS;
         loop {
             attempts_left -= 1;
-            let ended: std::result::Result<_, $crate::db::Failure> = match $db {
-                $crate::db::Db::Postgres(pool) => {
-                    async {
-                        let mut $tx = $crate::db::begin(pool).await?;
-                        let value = $body;
-                        $crate::db::end($tx, value).await
-                    }
-                    .await
-                }
-                $crate::db::Db::Sqlite(sqlite) => {
-                    async {
-                        let mut lent = sqlite.$lane().await?;
-                        let mut $tx = lent.begin().await?;
-                        let value = $body;
-                        let value = $crate::db::end($tx, value).await?;
-                        lent.done();
-                        Ok(value)
-                    }
-                    .await
-                }
-            };
+            let ended: std::result::Result<_, $crate::db::Failure> = async {
+                let mut session = $db.begin($crate::db::Lane::$lane).await?;
+                let $tx = &mut session;
+                let value = $body;
+                session.end(value).await
+            }
+            .await;
             match ended {
                 Err($crate::db::Failure::TakenBack(_)) if attempts_left > 0 => {}
                 ended => break ended,
@@ -128,6 +112,15 @@ impl From<sqlx::Error> for Failure {
     }
 }
 
+impl From<SqlError> for Failure {
+    fn from(error: SqlError) -> Self {
+        match error {
+            SqlError::Postgres(error) => error.into(),
+            SqlError::Sqlite(error) => Self::Failed(error.into()),
+        }
+    }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Self::Failed(error)
@@ -142,35 +135,6 @@ impl From<Failure> for Error {
     }
 }
 
-/// Commits, or rolls back if there is nothing to keep.
-async fn end<DB: sqlx::Database, T>(
-    transaction: sqlx::Transaction<'_, DB>,
-    value: Option<T>,
-) -> std::result::Result<Option<T>, Failure> {
-    if value.is_none() {
-        transaction.rollback().await?;
-    } else if let Err(error) = transaction.commit().await {
-        // A server that is shut down says so instead of telling what became of the COMMIT.
-        let refused =
-            error.as_database_error().is_some() && !postgres_code(&error).is_some_and(|code| code.starts_with("57P"));
-        return Err(match Failure::from(error) {
-            Failure::Failed(error) if !refused => Failure::Unknown(error),
-            failure => failure,
-        });
-    }
-    Ok(value)
-}
-
-/// Begins a transaction, also for a caller that goes away meanwhile. sqlx 0.9 gives a connection that is dropped in the
-/// middle of `BEGIN` back to its pool as if nothing had begun; whoever wrote on it next would never be committed.
-async fn begin(pool: &PgPool) -> Result<sqlx::Transaction<'static, sqlx::Postgres>> {
-    let pool = pool.clone();
-    tokio::spawn(async move { pool.begin().await })
-        .await
-        .map_err(|error| Error::Internal(format!("a transaction did not begin: {error}")))?
-        .map_err(Error::from)
-}
-
 /// How often a transaction that lost a race is tried again before the caller is told to come back later.
 const TRIES: usize = 8;
 
@@ -181,8 +145,8 @@ fn lost_every_race() -> Error {
 impl Db {
     /// A value stored once for the whole installation, such as the store's id.
     pub async fn property(&self, name: &str) -> Result<Option<String>> {
-        let value = on!(self, readers, |conn| {
-            sqlx::query_scalar("SELECT value FROM properties WHERE name = $1")
+        let value = on!(self, Reading, |conn| {
+            query("SELECT value FROM properties WHERE name = $1")
                 .bind(name)
                 .fetch_optional(conn)
                 .await?
@@ -192,8 +156,8 @@ impl Db {
 
     /// Stores a property unless somebody was first; returns the value that now holds.
     pub async fn set_property_once(&self, name: &str, value: &str) -> Result<String> {
-        on!(self, durable, |conn| {
-            sqlx::query("INSERT INTO properties (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING")
+        on!(self, Durable, |conn| {
+            query("INSERT INTO properties (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING")
                 .bind(name)
                 .bind(value)
                 .execute(conn)
@@ -204,8 +168,8 @@ impl Db {
 
     /// Takes or renews a lease for `holder`. `false` if another holder's has not run out at `now_ms`.
     pub async fn take_lease(&self, name: &str, holder: Uuid, now_ms: i64, until_ms: i64) -> Result<bool> {
-        let taken: Option<String> = on!(self, staging, |conn| {
-            sqlx::query_scalar(
+        let taken: Option<String> = on!(self, Staging, |conn| {
+            query(
                 "INSERT INTO leases (name, holder, expires_at_ms) VALUES ($1, $2, $3)
                  ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, expires_at_ms = excluded.expires_at_ms
                  WHERE leases.holder = excluded.holder OR leases.expires_at_ms <= $4
@@ -223,8 +187,8 @@ impl Db {
 
     /// Gives a lease back, so that the next holder need not wait for it to run out.
     pub async fn release_lease(&self, name: &str, holder: Uuid) -> Result<()> {
-        on!(self, staging, |conn| {
-            sqlx::query("DELETE FROM leases WHERE name = $1 AND holder = $2")
+        on!(self, Staging, |conn| {
+            query("DELETE FROM leases WHERE name = $1 AND holder = $2")
                 .bind(name)
                 .bind(holder)
                 .execute(conn)
@@ -235,9 +199,7 @@ impl Db {
 
     /// Answers if the database can be asked.
     pub async fn ping(&self) -> Result<()> {
-        let _: i32 = on!(self, readers, |conn| sqlx::query_scalar("SELECT 1")
-            .fetch_one(conn)
-            .await?);
+        let _: i32 = on!(self, Reading, |conn| query("SELECT 1").fetch_one(conn).await?);
         Ok(())
     }
 
@@ -262,33 +224,51 @@ impl Db {
     }
 }
 
+impl From<SqlError> for Error {
+    fn from(error: SqlError) -> Self {
+        match error {
+            SqlError::Postgres(error) => error.into(),
+            SqlError::Sqlite(error) => error.into(),
+        }
+    }
+}
+
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        // Postgres: connection trouble, resources, lock, statement and transaction timeouts, serialization failures,
-        // shutting down, a standby, a disk that fails.
-        const TRANSIENT_POSTGRES: [&str; 10] = [
+        // Connection trouble, resources, lock, statement and transaction timeouts, serialization failures, shutting down,
+        // a standby, a disk that fails.
+        const TRANSIENT: [&str; 10] = [
             "08", "53", "55P03", "57014", "25P03", "57P", "40001", "40P01", "25006", "58030",
         ];
-        // SQLite: BUSY, LOCKED, FULL, IOERR, CANTOPEN, READONLY (the primary code is the low byte).
-        const TRANSIENT_SQLITE: [i64; 6] = [5, 6, 13, 10, 14, 8];
         let transient = match &error {
             sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
             sqlx::Error::WorkerCrashed | sqlx::Error::Protocol(_) => true,
-            sqlx::Error::Database(database) => match postgres_code(&error) {
-                Some(code) => TRANSIENT_POSTGRES.iter().any(|prefix| code.starts_with(prefix)),
-                None => database
-                    .code()
-                    .and_then(|code| code.parse::<i64>().ok())
-                    .is_some_and(|code| TRANSIENT_SQLITE.contains(&(code & 0xff))),
-            },
+            sqlx::Error::Database(_) => {
+                postgres_code(&error).is_some_and(|code| TRANSIENT.iter().any(|prefix| code.starts_with(prefix)))
+            }
             _ => false,
         };
-        if transient {
-            tracing::warn!(%error, "the database did not do what was asked");
-            Error::Busy("the database is not available, try again".to_owned())
-        } else {
-            Error::Internal(format!("database: {error}"))
-        }
+        from_database(&error, transient)
+    }
+}
+
+impl From<rusqlite::Error> for Error {
+    fn from(error: rusqlite::Error) -> Self {
+        use rusqlite::ErrorCode::{CannotOpen, DatabaseBusy, DatabaseLocked, DiskFull, ReadOnly, SystemIoFailure};
+        let transient = matches!(
+            error.sqlite_error_code(),
+            Some(CannotOpen | DatabaseBusy | DatabaseLocked | DiskFull | ReadOnly | SystemIoFailure)
+        );
+        from_database(&error, transient)
+    }
+}
+
+fn from_database(error: &dyn std::error::Error, transient: bool) -> Error {
+    if transient {
+        tracing::warn!(%error, "the database did not do what was asked");
+        Error::Busy("the database is not available, try again".to_owned())
+    } else {
+        Error::Internal(format!("database: {error}"))
     }
 }
 

@@ -5,7 +5,8 @@
 
 use uuid::Uuid;
 
-use super::blobs::{BEGIN, BURY, ROWS_PER_INSERT};
+use super::blobs::{BEGIN, BURY, ROWS_PER_INSERT, placement};
+use super::sql::{query, row_struct};
 use super::{Db, Failure, on, signed, transaction, unsigned};
 use crate::error::Result;
 use crate::failpoint;
@@ -28,24 +29,25 @@ pub struct Publication {
     replaced_count: i64,
 }
 
-#[derive(sqlx::FromRow)]
-struct PublicationRow {
-    id: i64,
-    container_id: Uuid,
-    blob_id: Uuid,
-    revision: i64,
-    published_revision: Option<i64>,
-    received_bytes: i64,
-    published_bytes: i64,
-    replaced_count: i64,
+row_struct! {
+    struct PublicationRow {
+        id: i64,
+        container_id: Uuid,
+        blob_id: Uuid,
+        revision: i64,
+        published_revision: Option<i64>,
+        received_bytes: i64,
+        published_bytes: i64,
+        replaced_count: i64,
+    }
 }
 
 impl Db {
     /// The container of a name in the job's run and attempt, to be published.
     pub async fn publication(&self, principal: &Principal, name: &str, now_ms: i64) -> Result<Option<Publication>> {
         let run = &principal.run;
-        let row: Option<PublicationRow> = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let row: Option<PublicationRow> = on!(self, Reading, |conn| {
+            query(
                 "SELECT a.id, a.container_id, a.blob_id, b.revision, c.published_revision, c.received_bytes,
                      c.published_bytes, c.replaced_count
                  FROM artifacts a JOIN containers c ON c.blob_id = a.container_id JOIN blobs b ON b.id = c.blob_id
@@ -78,8 +80,8 @@ impl Db {
 
     /// How many complete files a container has, and what their paths add up to.
     pub async fn path_bytes(&self, container: BlobId) -> Result<(u64, u64)> {
-        let (count, bytes): (i64, i64) = on!(self, readers, |conn| {
-            sqlx::query_as(
+        let (count, bytes): (i64, i64) = on!(self, Reading, |conn| {
+            query(
                 "SELECT CAST(count(*) AS BIGINT), CAST(coalesce(sum(octet_length(path)), 0) AS BIGINT)
                  FROM files WHERE container_id = $1 AND uploader = ''",
             )
@@ -92,8 +94,8 @@ impl Db {
 
     /// Whether a complete file was replaced since the publication was looked at: then its zip may not be right.
     pub async fn is_outdated(&self, publication: &Publication) -> Result<bool> {
-        let replaced: Option<i64> = on!(self, readers, |conn| {
-            sqlx::query_scalar("SELECT replaced_count FROM containers WHERE blob_id = $1")
+        let replaced: Option<i64> = on!(self, Reading, |conn| {
+            query("SELECT replaced_count FROM containers WHERE blob_id = $1")
                 .bind(publication.container.0)
                 .fetch_optional(conn)
                 .await?
@@ -104,8 +106,8 @@ impl Db {
     /// Begins a blob that [`Db::add_content`] fills and [`Db::publish`] shows. If it comes to nothing it is an abandoned
     /// upload like any other.
     pub async fn begin_zip(&self, zip: BlobId, now_ms: i64) -> Result<()> {
-        on!(self, staging, |conn| {
-            sqlx::query(BEGIN)
+        on!(self, Staging, |conn| {
+            query(BEGIN)
                 .bind(zip.0)
                 .bind(BlobKind::Artifact.as_str())
                 .bind(now_ms)
@@ -118,20 +120,11 @@ impl Db {
     /// Appends blocks to the content of a zip that nobody sees yet, each with its start.
     pub async fn add_content(&self, zip: BlobId, blocks: &[(u64, Block)]) -> Result<()> {
         for page in blocks.chunks(ROWS_PER_INSERT) {
-            on!(self, staging, |conn| {
-                sqlx::QueryBuilder::new(
+            on!(self, Staging, |conn| {
+                query(
                     "INSERT INTO blocks (blob_id, block_id, object_key, object_offset, size_bytes, crc64, start_offset) ",
                 )
-                .push_values(page, |mut row, (start, block)| {
-                    row.push_bind(zip.0)
-                        .push_bind("")
-                        .push_bind(block.object_key.as_str())
-                        .push_bind(block.object_offset.cast_signed())
-                        .push_bind(block.size_bytes.cast_signed())
-                        .push_bind(block.crc64.cast_signed())
-                        .push_bind(start.cast_signed());
-                })
-                .build()
+                .push_values(page, |(start, block)| placement(zip, "", block, start.cast_signed()))
                 .execute(conn)
                 .await?;
             });
@@ -141,8 +134,8 @@ impl Db {
 
     /// Gives up a zip that was begun.
     pub async fn discard_zip(&self, zip: BlobId, now_ms: i64) -> Result<()> {
-        on!(self, staging, |conn| {
-            sqlx::query(
+        on!(self, Staging, |conn| {
+            query(
                 "UPDATE blobs SET state = 'deleting', tombstone = 'abandoned', changed_at_ms = $2, cleaned_at_ms = NULL
                  WHERE id = $1 AND state = 'staging'",
             )
@@ -166,8 +159,8 @@ impl Db {
         now_ms: i64,
     ) -> Result<bool> {
         let (size, length) = (signed(size_bytes)?, signed(length_bytes)?);
-        let done = transaction!(self, durable, |tx| {
-            let shown = sqlx::query(
+        let done = transaction!(self, Durable, |tx| {
+            let shown = query(
                 "UPDATE artifacts SET state = 'finalized', blob_id = $3, finalized_at_ms = $4
                  WHERE id = $1 AND blob_id = $2 AND state IN ('pending', 'finalized')",
             )
@@ -175,19 +168,17 @@ impl Db {
             .bind(publication.shown.0)
             .bind(zip.0)
             .bind(now_ms)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
-            let kept = sqlx::query(
+            .execute(tx)
+            .await?;
+            let kept = query(
                 "UPDATE blobs SET state = 'committed', changed_at_ms = $2, cleaned_at_ms = NULL
                  WHERE id = $1 AND state IN ('staging', 'committed')",
             )
             .bind(publication.container.0)
             .bind(now_ms)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
-            let current = sqlx::query(
+            .execute(tx)
+            .await?;
+            let current = query(
                 "UPDATE containers SET published_revision = $3, published_bytes = $4
                  WHERE blob_id = $1 AND replaced_count = $2",
             )
@@ -195,10 +186,9 @@ impl Db {
             .bind(publication.replaced_count)
             .bind(publication.revision)
             .bind(length)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
-            let sealed = sqlx::query(
+            .execute(tx)
+            .await?;
+            let sealed = query(
                 "UPDATE blobs SET state = 'sealed', revision = 1, size_bytes = $2, content_type = 'application/zip',
                      verification = 'pending', changed_at_ms = $3, scrubbed_at_ms = $3
                  WHERE id = $1 AND state = 'staging'",
@@ -206,16 +196,15 @@ impl Db {
             .bind(zip.0)
             .bind(size)
             .bind(now_ms)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
+            .execute(tx)
+            .await?;
             if shown + kept + current + sealed == 4 {
                 if publication.shown != publication.container {
-                    sqlx::query(BURY)
+                    query(BURY)
                         .bind(publication.shown.0)
                         .bind("superseded")
                         .bind(now_ms)
-                        .execute(&mut *tx)
+                        .execute(tx)
                         .await?;
                 }
                 failpoint::reach("publish_before_commit");

@@ -6,6 +6,7 @@
 use uuid::Uuid;
 
 use super::blobs::digest;
+use super::sql::query;
 use super::{Db, on, unsigned};
 use crate::error::Result;
 use crate::model::{ApiToken, ArtifactId, BlobId, Repositories, Sha256};
@@ -146,7 +147,7 @@ macro_rules! filtered {
 /// Binds what every one of these texts takes.
 macro_rules! bound {
     ($text:expr, $view:expr, $filter:expr, $now_ms:expr) => {
-        sqlx::query_as($text)
+        query($text)
             .bind(&$view.name)
             .bind(&$view.issuer)
             .bind(&$view.keys)
@@ -209,7 +210,7 @@ impl Db {
              coalesce(a.finalized_at_ms, a.created_at_ms), a.expires_at_ms",
             " ORDER BY a.id DESC LIMIT $7 OFFSET $8"
         );
-        let rows: Vec<ArtifactRow> = on!(self, readers, |conn| {
+        let rows: Vec<ArtifactRow> = on!(self, Reading, |conn| {
             bound!(text, view, filter, now_ms)
                 .bind(page.limit)
                 .bind(page.offset)
@@ -238,7 +239,7 @@ impl Db {
     /// How many there are.
     pub async fn count_repository_artifacts(&self, view: &View, filter: Filter<'_>, now_ms: i64) -> Result<u64> {
         let text = filtered!(filter, "count(*)", "");
-        let (count,): (i64,) = on!(self, readers, |conn| {
+        let (count,): (i64,) = on!(self, Reading, |conn| {
             bound!(text, view, filter, now_ms).fetch_one(conn).await?
         });
         unsigned(count)
@@ -257,7 +258,7 @@ impl Db {
             "a.run_id, max(a.run_attempt), min(a.created_at_ms), max(coalesce(a.finalized_at_ms, a.created_at_ms))",
             " AND a.run_id IS NOT NULL GROUP BY a.run_id ORDER BY a.run_id DESC LIMIT $7 OFFSET $8"
         );
-        let rows: Vec<(i64, i32, i64, i64)> = on!(self, readers, |conn| {
+        let rows: Vec<(i64, i32, i64, i64)> = on!(self, Reading, |conn| {
             bound!(text, view, filter, now_ms)
                 .bind(page.limit)
                 .bind(page.offset)
@@ -276,7 +277,7 @@ impl Db {
     /// How many there are.
     pub async fn count_repository_runs(&self, view: &View, filter: Filter<'_>, now_ms: i64) -> Result<u64> {
         let text = filtered!(filter, "count(DISTINCT a.run_id)", "");
-        let (count,): (i64,) = on!(self, readers, |conn| {
+        let (count,): (i64,) = on!(self, Reading, |conn| {
             bound!(text, view, filter, now_ms).fetch_one(conn).await?
         });
         unsigned(count)
@@ -289,7 +290,7 @@ impl Db {
             "a.job_backend_id, a.run_attempt, min(a.created_at_ms), max(coalesce(a.finalized_at_ms, a.created_at_ms))",
             " GROUP BY a.job_backend_id, a.run_attempt ORDER BY 3, 1, 2"
         );
-        let rows: Vec<(String, i32, i64, i64)> = on!(self, readers, |conn| {
+        let rows: Vec<(String, i32, i64, i64)> = on!(self, Reading, |conn| {
             bound!(text, view, filter, now_ms).fetch_all(conn).await?
         });
         let read = |(backend_id, attempt, created_at_ms, updated_at_ms)| RunJob {
@@ -303,16 +304,16 @@ impl Db {
 
     /// What each repository takes, the largest first. Reads every artifact's row.
     pub async fn usage(&self, now_ms: i64) -> Result<Vec<Usage>> {
-        let rows: Vec<UsageRow> = on!(self, readers, |conn| {
-            sqlx::query_as(used!("", "")).bind(now_ms).fetch_all(conn).await?
+        let rows: Vec<UsageRow> = on!(self, Reading, |conn| {
+            query(used!("", "")).bind(now_ms).fetch_all(conn).await?
         });
         rows.into_iter().map(usage).collect()
     }
 
     /// The same for one repository, by each issuer and key that it is kept under.
     pub async fn repository_usage(&self, view: &View, now_ms: i64) -> Result<Vec<Usage>> {
-        let rows: Vec<UsageRow> = on!(self, readers, |conn| {
-            sqlx::query_as(used!(
+        let rows: Vec<UsageRow> = on!(self, Reading, |conn| {
+            query(used!(
                 "AND lower(a.repository_name) = $2 AND a.state <> 'pending'
                      AND (CAST($3 AS TEXT) IS NULL OR a.issuer = $3)
                      AND (CAST($4 AS TEXT) IS NULL OR replace($4, ' ' || a.repository || ' ', '') <> $4)",

@@ -9,8 +9,8 @@ use secrecy::SecretString;
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
 use wharfinger::db::{
-    ChunkSums, Created, Db, Encoding, Lent, ListEntry, ListSource, NewArtifact, NewCacheEntry, NewChunk, Reservation,
-    Reserved, Sealing, Settings, Staged, WantedKeys,
+    ChunkSums, Created, Db, Encoding, Lane, Lent, ListEntry, ListSource, NewArtifact, NewCacheEntry, NewChunk,
+    Reservation, Reserved, Sealing, Settings, Staged, WantedKeys,
 };
 use wharfinger::model::{BlobId, Block, ObjectKey, Principal, RunKey, Sha256};
 
@@ -254,9 +254,9 @@ impl Meter {
             (Db::Sqlite(sqlite), _) => {
                 let steps = Arc::new(AtomicU64::new(0));
                 // What is given back last is lent first: one of each kind is all that one caller gets.
-                count_steps(sqlite.readers().await.unwrap(), &steps).await;
-                count_steps(sqlite.durable().await.unwrap(), &steps).await;
-                count_steps(sqlite.staging().await.unwrap(), &steps).await;
+                for lane in [Lane::Reading, Lane::Durable, Lane::Staging] {
+                    count_steps(&sqlite.lend(lane).await.unwrap(), &steps);
+                }
                 Self::Sqlite(steps)
             }
             (Db::Postgres(pool), Raw::Postgres(raw)) => Self::Postgres(pool.clone(), raw.clone()),
@@ -294,18 +294,14 @@ impl Meter {
     }
 }
 
-async fn count_steps(mut lent: Lent, steps: &Arc<AtomicU64>) {
+fn count_steps(lent: &Lent, steps: &Arc<AtomicU64>) {
     let steps = Arc::clone(steps);
-    let connection = lent.connection().unwrap();
-    connection
-        .lock_handle()
-        .await
-        .unwrap()
-        .set_progress_handler(1, move || {
-            steps.fetch_add(1, Ordering::Relaxed);
-            true
-        });
-    lent.done();
+    let count = move || {
+        steps.fetch_add(1, Ordering::Relaxed);
+        // Go on.
+        false
+    };
+    lent.connection().unwrap().progress_handler(1, Some(count)).unwrap();
 }
 
 /// The cost of everything that is asked often. No two with one `number`.

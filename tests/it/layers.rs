@@ -63,12 +63,13 @@ const MAY_NAME: [(&str, &[&str]); 15] = [
 const BELOW_THE_MIDDLE: [&str; 6] = ["model", "error", "clock", "duration", "authorities", "failpoint"];
 
 /// Crates that only one floor may know.
-const SECRETS: [(&str, &[&str]); 6] = [
+const SECRETS: [(&str, &[&str]); 7] = [
     ("axum", &["api"]),
     ("prost", &["api"]),
     ("hyper", &["api"]),
     ("hyper_util", &["api"]),
     ("sqlx", &["db"]),
+    ("rusqlite", &["db"]),
     ("object_store", &["storage"]),
 ];
 
