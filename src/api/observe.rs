@@ -25,7 +25,7 @@ use tracing::Instrument as _;
 use uuid::Uuid;
 
 use super::client::Client;
-use super::reply;
+use super::{body, reply};
 use crate::error::Error;
 
 /// How much of a client's name goes into the log.
@@ -96,7 +96,7 @@ pub async fn observe(State(route): State<Arc<Route>>, request: Request, next: Ne
     let id = exchange.id;
     // So that what is logged on the way, such as an internal error, leads back to the client's request id.
     let span = tracing::error_span!("request", request_id = %id);
-    let mut response = AssertUnwindSafe(next.run(request).instrument(span))
+    let mut response = AssertUnwindSafe(body::refuse_ambiguous_length(request, next).instrument(span))
         .catch_unwind()
         .await
         .unwrap_or_else(|_| reply::at(&path, Error::Internal(format!("a handler panicked at {path}"))));
