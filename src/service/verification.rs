@@ -9,13 +9,15 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use serde::Deserialize;
 use sha2::Digest;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
 use super::{Services, millis};
 use crate::db::Verification;
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::model::{BlobId, Sha256};
-use crate::storage;
+use crate::storage::{self, BlockReader};
 
 /// The `[verification]` section of the configuration.
 #[derive(Clone, Debug, Deserialize)]
@@ -38,7 +40,7 @@ pub(super) struct Claim {
 }
 
 /// Hashing so little takes less than the trip to another thread.
-const HASHED_IN_PLACE_BYTES: usize = 64 * 1024;
+const HASHED_IN_PLACE_BYTES: u64 = 64 * 1024;
 /// Blobs that are hashed at once on a machine of few cores; on others one for each.
 const LEAST_HASHES_AT_ONCE: usize = 4;
 
@@ -48,7 +50,7 @@ pub(super) fn hashes_at_once() -> usize {
 
 /// Feeds a chunk to a hash, a large one away from the threads that serve requests.
 pub(super) async fn hash(mut hasher: sha2::Sha256, chunk: Bytes) -> Result<sha2::Sha256> {
-    if chunk.len() <= HASHED_IN_PLACE_BYTES {
+    if chunk.len() as u64 <= HASHED_IN_PLACE_BYTES {
         hasher.update(&chunk);
         return Ok(hasher);
     }
@@ -57,7 +59,11 @@ pub(super) async fn hash(mut hasher: sha2::Sha256, chunk: Bytes) -> Result<sha2:
         hasher
     })
     .await
-    .map_err(|error| Error::Internal(format!("hashing stopped: {error}")))
+    .map_err(stopped)
+}
+
+fn stopped(error: tokio::task::JoinError) -> Error {
+    Error::Internal(format!("hashing stopped: {error}"))
 }
 
 impl Services {
@@ -67,7 +73,7 @@ impl Services {
         &self,
         blob: BlobId,
         size_bytes: u64,
-        mut claim: Option<Claim>,
+        claim: Option<Claim>,
     ) -> Result<Option<Sha256>> {
         let _place = self
             .hashing
@@ -75,10 +81,35 @@ impl Services {
             .await
             .map_err(|_| Error::Busy("the server stops".to_owned()))?;
         let blocks = self.db.content_blocks(blob, 0, size_bytes).await?;
-        let mut bytes = self.store.read(storage::window(blocks, 0..size_bytes)?).await?;
+        let pieces = storage::window(blocks, 0..size_bytes)?;
+        let services = self.clone();
+        let hashing = async move {
+            let bytes = services.store.read(pieces).await?;
+            services.hash_bytes(blob, bytes, claim).await
+        };
+        if size_bytes <= HASHED_IN_PLACE_BYTES {
+            return hashing.await;
+        }
+        // One thread reads and hashes all of it: bytes that change the processor's core are fetched from memory again.
+        // It stops at the next chunk when nobody waits any more.
+        let stop = CancellationToken::new();
+        let _waiting = stop.clone().drop_guard();
+        let runtime = Handle::current();
+        tokio::task::spawn_blocking(move || runtime.block_on(stop.run_until_cancelled(hashing)))
+            .await
+            .map_err(stopped)?
+            .ok_or_else(|| Error::Busy("nobody waits for the hash".to_owned()))?
+    }
+
+    async fn hash_bytes(
+        &self,
+        blob: BlobId,
+        mut bytes: BlockReader,
+        mut claim: Option<Claim>,
+    ) -> Result<Option<Sha256>> {
         let mut hasher = sha2::Sha256::new();
         while let Some(chunk) = bytes.next().await {
-            hasher = hash(hasher, chunk?).await?;
+            hasher.update(&chunk?);
             let now_ms = self.clock.now_ms();
             if let Some(claim) = claim.as_mut().filter(|claim| claim.renew_at_ms <= now_ms) {
                 claim.renew_at_ms = now_ms + claim.lease_ms / 2;
@@ -86,6 +117,8 @@ impl Services {
                     return Ok(None);
                 }
             }
+            // Where the cancellation is seen.
+            tokio::task::yield_now().await;
         }
         Ok(Some(Sha256(hasher.finalize().into())))
     }

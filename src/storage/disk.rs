@@ -1,11 +1,11 @@
-//! Objects as files on a local disk: `<data dir>/objects/blobs/<blob id>/<uuid>`.
+//! Objects as files on a local disk: `<data dir>/objects/blobs/<moment>/<blob id>.<uuid>`.
 //!
-//! Only `storage/mod.rs` calls this. Never does file work on an async thread, never maps files into memory, never
+//! Only `storage/mod.rs` calls this. Never waits for the disk on an async thread, never maps files into memory, never
 //! takes a name from a client: paths are made of the server's own ids, so nothing leads out of the root.
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, DirEntry, File, OpenOptions};
-use std::io::{self, IoSlice, Read, Seek, SeekFrom, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -22,22 +22,30 @@ use uuid::Uuid;
 
 use super::buffers::Buffers;
 use super::intake::Intake;
-use super::{Durability, Listed, MARKER, MARKER_MAX_BYTES, OpenError, damage};
+use super::pace::Pace;
+use super::{Durability, Listed, MARKER, MARKER_MAX_BYTES, OpenError, damage, fetch, page_cache};
 use crate::error::{Error, Result};
 use crate::model::{BlobId, ObjectKey};
 
 /// Enough for one trip to a blocking thread; more only costs memory.
 const WRITE_BATCH_BYTES: usize = 256 * 1024;
+/// Enough for one write in place, of bytes that a core's own cache still has.
+const IN_PLACE_BYTES: usize = 64 * 1024;
 /// What the kernel takes in one vectored write, and the bound on what a body of tiny frames can pile up.
 const WRITE_BATCH_FRAMES: usize = 1024;
-/// 64 KiB measured twice the CPU time.
-pub(super) const READ_CHUNK_BYTES: usize = 1024 * 1024;
 /// Files that are held open while they are synced in the background. When all are taken, the block list syncs the rest.
 const BACKGROUND_SYNCS: usize = 64;
 /// Syncs that one block list waits for at a time.
 const LIST_SYNCS: usize = 16;
 /// Finished syncs to remember for the list that will ask. Forgetting one costs a second, cheap sync.
 const REMEMBERED_SYNCS: usize = 100_000;
+
+/// How much of a blob's id names its directory. Ids begin with their time, and these are of the same 256 ms.
+const MOMENT_CHARACTERS: usize = "01234567-89".len();
+/// How often a directory is made again that the cleaner takes away, empty, before it has its file.
+const CREATE_TRIES: usize = 3;
+/// A list of so few blocks is looked at in place.
+const FEW_BLOCKS: usize = 16;
 
 /// Left free on the disk: without room for the database nothing could be deleted, and a full disk would stay full.
 const RESERVED_BYTES: u64 = 16 * 1024 * 1024;
@@ -53,6 +61,7 @@ struct Inner {
     syncs: Mutex<HashMap<ObjectKey, Arc<OnceCell<()>>>>,
     slots: Arc<Semaphore>,
     buffers: Buffers,
+    pace: Pace,
 }
 
 impl Disk {
@@ -63,7 +72,8 @@ impl Disk {
             durability,
             syncs: Mutex::default(),
             slots: Arc::new(Semaphore::new(BACKGROUND_SYNCS)),
-            buffers: Buffers::new(READ_CHUNK_BYTES),
+            buffers: Buffers::new(fetch::CHUNK_BYTES),
+            pace: Pace::default(),
         }));
         match spawn_blocking(move || prepare_root(&root)).await {
             Ok(result) => result.map(|()| disk),
@@ -72,11 +82,17 @@ impl Disk {
     }
 
     fn path(&self, key: &ObjectKey) -> PathBuf {
-        self.0.root.join(key.as_str())
+        let blob = key.blob();
+        let name = key.as_str().replace(&ObjectKey::prefix(blob), &format!("{blob}."));
+        self.directory(blob).join(name)
     }
 
+    /// Shared by the blobs of a moment. To make one for each of many small blobs would take longer than to write them;
+    /// in one for very many, a blob's own files could not be found quickly.
     fn directory(&self, blob: BlobId) -> PathBuf {
-        self.0.root.join(ObjectKey::prefix(blob))
+        let mut moment = blob.to_string();
+        moment.truncate(MOMENT_CHARACTERS);
+        self.0.root.join("blobs").join(moment)
     }
 
     pub(super) async fn put(&self, key: &ObjectKey, mut intake: Intake) -> Result<u64> {
@@ -85,21 +101,12 @@ impl Disk {
             file: None,
         };
         loop {
-            let frames = match batch(&mut intake).await {
-                Ok(frames) => frames,
-                Err(error) => {
-                    blocking(move || partial.remove()).await?;
-                    return Err(error);
-                }
-            };
-            partial = blocking(move || partial.append(&frames))
-                .await
-                .map_err(|error| match error {
-                    Error::NotFound(_) => {
-                        Error::Internal("the directory of the store is gone: is its disk mounted?".into())
-                    }
-                    error => error,
-                })?;
+            let outcome;
+            (partial, outcome) = self.put_some(partial, &mut intake).await?;
+            if let Err(error) = outcome {
+                blocking(move || partial.remove()).await?;
+                return Err(error);
+            }
             intake.taken();
             if intake.is_complete() {
                 break;
@@ -113,12 +120,35 @@ impl Disk {
         Ok(intake.crc64())
     }
 
+    /// Writes what comes next: on this thread as long as that is a copy into the page cache and no more. A new file is
+    /// always for a blocking thread, since the file system may have to read or to wait for its journal.
+    async fn put_some(&self, mut partial: Partial, intake: &mut Intake) -> Result<(Partial, Result<()>)> {
+        let in_place = partial.file.is_some() && self.0.pace.is_quick();
+        let frames = match batch(intake, if in_place { IN_PLACE_BYTES } else { WRITE_BATCH_BYTES }).await {
+            Ok(frames) => frames,
+            Err(error) => return Ok((partial, Err(error))),
+        };
+        let disk = self.clone();
+        let append = move || {
+            let outcome = disk.0.pace.watch(|| partial.append(&frames));
+            (partial, outcome.map_err(put_failed))
+        };
+        if in_place {
+            Ok(append())
+        } else {
+            spawn_blocking(append).await.map_err(task_failed)
+        }
+    }
+
     pub(super) async fn make_durable(&self, blob: BlobId, blocks: &[(ObjectKey, u64)]) -> Result<()> {
         if blocks.is_empty() {
             return Ok(());
         }
-        let (disk, expected) = (self.clone(), blocks.to_vec());
-        blocking(move || Ok(disk.check_sizes(&expected))).await??;
+        let is_there = |(key, size_bytes): &(ObjectKey, u64)| page_cache::len(&self.path(key)) == Some(*size_bytes);
+        if blocks.len() > FEW_BLOCKS || !blocks.iter().all(is_there) {
+            let (disk, expected) = (self.clone(), blocks.to_vec());
+            blocking(move || Ok(disk.check_sizes(&expected))).await??;
+        }
         if self.0.durability == Durability::Process {
             return Ok(());
         }
@@ -188,24 +218,8 @@ impl Disk {
         self.0.syncs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One chunk is read ahead of the consumer. The first trip opens the file, checks its length and reads.
     pub(super) fn fetch(&self, key: &ObjectKey, range: Range<u64>) -> BoxStream<'static, Result<Bytes>> {
-        let (path, buffers) = (self.path(key), self.0.buffers.clone());
-        let first = spawn_blocking(move || match Rest::open(&path, range, buffers)? {
-            Some(rest) => rest.read().map(Some),
-            None => Ok(None),
-        });
-        stream::try_unfold(Some(first), |reading| async {
-            let Some(reading) = reading else {
-                return Ok(None);
-            };
-            let Some((chunk, rest)) = reading.await.map_err(task_failed)?? else {
-                return Ok(None);
-            };
-            let next = (rest.left > 0).then(|| spawn_blocking(move || rest.read().map(Some)));
-            Ok(Some((chunk, next)))
-        })
-        .boxed()
+        fetch::chunks(self.path(key), range, self.0.buffers.clone())
     }
 
     pub(super) async fn delete(&self, key: &ObjectKey) -> Result<()> {
@@ -215,34 +229,40 @@ impl Disk {
     }
 
     pub(super) async fn list(&self, blob: BlobId) -> Result<Vec<Listed>> {
-        let directory = self.directory(blob);
-        blocking(move || {
-            let mut objects = Vec::new();
-            for entry in entries(&directory)? {
-                objects.extend(listed(blob, &entry?)?);
-            }
-            Ok(objects)
-        })
-        .await
+        let (disk, directory) = (self.clone(), self.directory(blob));
+        blocking(move || disk.list_directory(&directory, |key| key.blob() == blob)).await
     }
 
     pub(super) fn list_all(&self) -> BoxStream<'static, Result<Listed>> {
         let (disk, blobs) = (self.clone(), self.0.root.join("blobs"));
         stream::once(blocking(move || {
-            entries(&blobs)?
-                .map(|entry| Ok(blob_of(&entry?)))
-                .filter_map(io::Result::transpose)
-                .collect()
+            let directories = entries(&blobs)?.map(|entry| {
+                let entry = entry?;
+                Ok(entry.file_type()?.is_dir().then(|| entry.path()))
+            });
+            directories.filter_map(io::Result::transpose).collect()
         }))
-        .map_ok(|blobs: Vec<BlobId>| stream::iter(blobs).map(Ok))
+        .map_ok(|directories: Vec<PathBuf>| stream::iter(directories).map(Ok))
         .try_flatten()
-        .and_then(move |blob| {
+        .and_then(move |directory| {
             let disk = disk.clone();
-            async move { disk.list(blob).await }
+            blocking(move || disk.list_directory(&directory, |_| true))
         })
         .map_ok(|objects| stream::iter(objects).map(Ok))
         .try_flatten()
         .boxed()
+    }
+
+    /// Leaves out what is not ours or not wanted.
+    fn list_directory(&self, directory: &Path, is_wanted: impl Fn(&ObjectKey) -> bool) -> io::Result<Vec<Listed>> {
+        let mut objects = Vec::new();
+        for entry in entries(directory)? {
+            let entry = entry?;
+            if let Some(key) = key_of(&entry).filter(|key| is_wanted(key) && self.path(key) == entry.path()) {
+                objects.extend(listed(key, &entry)?);
+            }
+        }
+        Ok(objects)
     }
 
     pub(super) async fn remove_prefix(&self, blob: BlobId) -> Result<()> {
@@ -364,18 +384,7 @@ struct Partial {
 }
 
 impl Partial {
-    /// Comes back only when all went well; otherwise there is no file any more.
-    fn append(mut self, frames: &[Bytes]) -> io::Result<Self> {
-        match self.try_append(frames) {
-            Ok(()) => Ok(self),
-            Err(error) => {
-                self.remove()?;
-                Err(error)
-            }
-        }
-    }
-
-    fn try_append(&mut self, frames: &[Bytes]) -> io::Result<()> {
+    fn append(&mut self, frames: &[Bytes]) -> io::Result<()> {
         let file = match &mut self.file {
             Some(file) => file,
             None => self.file.insert(create(&self.path)?),
@@ -412,11 +421,11 @@ impl Drop for Partial {
     }
 }
 
-/// Frames worth one trip to a blocking thread; fewer only at the end of the body.
-async fn batch(intake: &mut Intake) -> Result<Vec<Bytes>> {
+/// Frames of so many bytes together, or a little more; fewer only at the end of the body.
+async fn batch(intake: &mut Intake, wanted: usize) -> Result<Vec<Bytes>> {
     let mut frames = Vec::new();
     let mut bytes = 0;
-    while bytes < WRITE_BATCH_BYTES && frames.len() < WRITE_BATCH_FRAMES {
+    while bytes < wanted && frames.len() < WRITE_BATCH_FRAMES {
         let Some(frame) = intake.next().await? else {
             break;
         };
@@ -429,18 +438,21 @@ async fn batch(intake: &mut Intake) -> Result<Vec<Bytes>> {
     Ok(frames)
 }
 
-/// Opens a file that must not be there yet, and makes the blob's directory with its first one.
+/// Opens a file that must not be there yet, and makes its directory with the first one.
 fn create(path: &Path) -> io::Result<File> {
     let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-    match (open(), path.parent()) {
-        (Err(error), Some(directory)) if error.kind() == io::ErrorKind::NotFound => {
-            match DirBuilder::new().mode(0o700).create(directory) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-                _ => open(),
+    for _ in 1..CREATE_TRIES {
+        match (open(), path.parent()) {
+            (Err(error), Some(directory)) if error.kind() == io::ErrorKind::NotFound => {
+                match DirBuilder::new().mode(0o700).create(directory) {
+                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                    _ => {}
+                }
             }
+            (result, _) => return result,
         }
-        (result, _) => result,
     }
+    open()
 }
 
 fn check_room(file: &File) -> io::Result<()> {
@@ -481,39 +493,6 @@ fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// What is still to be read of a range of a file.
-struct Rest {
-    file: File,
-    left: u64,
-    buffers: Buffers,
-}
-
-impl Rest {
-    /// `None` when the file is too short for the range.
-    fn open(path: &Path, range: Range<u64>, buffers: Buffers) -> io::Result<Option<Self>> {
-        let mut file = File::open(path)?;
-        if file.metadata()?.len() < range.end {
-            return Ok(None);
-        }
-        file.seek(SeekFrom::Start(range.start))?;
-        Ok(Some(Self {
-            file,
-            left: range.end - range.start,
-            buffers,
-        }))
-    }
-
-    /// The next chunk. It comes out short, with nothing left, if the file has shrunk meanwhile.
-    fn read(mut self) -> io::Result<(Bytes, Self)> {
-        let wanted = self.left.min(READ_CHUNK_BYTES as u64);
-        // `take` with room for just as much reads into the spare capacity: no zeroing, no growing.
-        let mut chunk = self.buffers.take(usize::try_from(wanted).unwrap_or_default());
-        let got = (&self.file).take(wanted).read_to_end(&mut chunk.bytes)? as u64;
-        self.left = if got == wanted { self.left - got } else { 0 };
-        Ok((chunk.freeze(), self))
-    }
-}
-
 /// What is in a directory; nothing if there is no directory.
 fn entries(directory: &Path) -> io::Result<impl Iterator<Item = io::Result<DirEntry>>> {
     match fs::read_dir(directory) {
@@ -523,21 +502,13 @@ fn entries(directory: &Path) -> io::Result<impl Iterator<Item = io::Result<DirEn
     .map(|entries| entries.into_iter().flatten())
 }
 
-fn blob_of(entry: &DirEntry) -> Option<BlobId> {
+fn key_of(entry: &DirEntry) -> Option<ObjectKey> {
     let name = entry.file_name().into_string().ok()?;
-    let blob = BlobId(Uuid::parse_str(&name).ok()?);
-    (blob.to_string() == name).then_some(blob)
+    ObjectKey::parse(&format!("blobs/{}", name.replacen('.', "/", 1)))
 }
 
-/// `None` for foreign names, for what is not a file, and for what was deleted meanwhile.
-fn listed(blob: BlobId, entry: &DirEntry) -> io::Result<Option<Listed>> {
-    let name = entry.file_name();
-    let Some(key) = name
-        .to_str()
-        .and_then(|name| ObjectKey::parse(&format!("{}{name}", ObjectKey::prefix(blob))))
-    else {
-        return Ok(None);
-    };
+/// `None` for what is not a file, and for what was deleted meanwhile.
+fn listed(key: ObjectKey, entry: &DirEntry) -> io::Result<Option<Listed>> {
     let metadata = match entry.metadata() {
         Ok(metadata) if metadata.is_file() => metadata,
         Ok(_) => return Ok(None),
@@ -564,6 +535,13 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
     Ok(spawn_blocking(work).await.map_err(task_failed)??)
 }
 
-fn task_failed(error: tokio::task::JoinError) -> Error {
+fn put_failed(error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::NotFound => Error::Internal("the directory of the store is gone: is its disk mounted?".into()),
+        _ => error.into(),
+    }
+}
+
+pub(super) fn task_failed(error: tokio::task::JoinError) -> Error {
     Error::Internal(format!("a background task of the store failed: {error}"))
 }

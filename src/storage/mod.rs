@@ -5,8 +5,11 @@
 
 mod buffers;
 mod disk;
+mod fetch;
 mod intake;
 mod object;
+mod pace;
+mod page_cache;
 mod read;
 
 use std::io;
@@ -82,8 +85,8 @@ pub enum BlockStore {
 impl BlockStore {
     /// What one [`Self::put`] holds of its body at most, with what is read from the client ahead of it.
     pub const PUT_HOLDS_BYTES: u64 = 512 * 1024;
-    /// What one [`BlockReader`] and the reply that it feeds hold at most: the chunk on its way and the next.
-    pub const READ_HOLDS_BYTES: u64 = 2 * disk::READ_CHUNK_BYTES as u64;
+    /// What one [`BlockReader`] and the reply that it feeds hold at most: up to three chunks on their way and the next.
+    pub const READ_HOLDS_BYTES: u64 = 4 * fetch::CHUNK_BYTES as u64;
 
     /// Opens the configured store and checks that it can be used. `data_dir` matters to a disk only;
     /// `ca_file` is a PEM bundle of further authorities that may vouch for an S3 server.
@@ -166,7 +169,7 @@ impl BlockStore {
         }
     }
 
-    /// Takes away what a disk keeps for a blob besides its objects: the directory, if it is empty.
+    /// Takes away what a disk keeps for a blob besides its objects: the directory, with the last of those that share it.
     pub async fn remove_prefix(&self, blob: BlobId) -> Result<()> {
         match self {
             Self::Disk(disk) => disk.remove_prefix(blob).await,

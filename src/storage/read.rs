@@ -99,8 +99,8 @@ impl Stream for BlockReader {
 
 /// What comes after the current piece.
 struct Reading {
-    /// Being fetched already: all the while from a bucket, which takes long to answer; from a disk, which reads one
-    /// chunk ahead anyway, only behind the last chunk of the current piece.
+    /// Being fetched already: all the while from a bucket, which takes long to answer; from a disk, which has its kernel
+    /// read ahead, only behind the last chunk of the current piece.
     ahead: VecDeque<Source>,
     pieces: vec::IntoIter<Piece>,
     store: BlockStore,

@@ -977,8 +977,13 @@ fn object_files(directory: &Path) -> Vec<PathBuf> {
         let path = entry.unwrap().path();
         if path.is_dir() {
             files.extend(object_files(&path));
-        } else if uuid::Uuid::parse_str(&path.file_name().unwrap().to_string_lossy()).is_ok() {
-            files.push(path);
+        } else {
+            // On a disk the blob's id and a dot come first.
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            let id = name.split_once('.').map_or(name.as_str(), |(_, id)| id);
+            if uuid::Uuid::parse_str(id).is_ok() {
+                files.push(path);
+            }
         }
     }
     files

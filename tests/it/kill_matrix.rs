@@ -684,9 +684,16 @@ impl Wharf {
 
     /// Leaves an object without a row beside those of every blob, as an earlier crash would.
     fn litter(&self) {
-        for directory in fs::read_dir(self.objects.join("blobs")).unwrap() {
-            let object = directory.unwrap().path().join(Uuid::now_v7().to_string());
-            fs::write(object, "left over").unwrap();
+        let mut objects = Vec::new();
+        walk(&self.objects.join("blobs"), &mut |file| objects.push(file.to_owned()));
+        for object in objects {
+            let name = object.file_name().unwrap().to_str().unwrap();
+            let name = match name.split_once('.') {
+                Some((blob, _)) => format!("{blob}.{}", Uuid::now_v7()),
+                // In the stand-in for S3 the blob is the directory.
+                None => Uuid::now_v7().to_string(),
+            };
+            fs::write(object.with_file_name(name), "left over").unwrap();
         }
     }
 

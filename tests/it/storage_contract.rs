@@ -445,8 +445,14 @@ async fn a_listing_shows_our_objects_only() {
         }
         place.store.write_marker("a store").await.unwrap();
         if let Some(files) = &place.files {
-            fs::write(files.join(ObjectKey::prefix(blob)).join("foreign"), "?").unwrap();
+            let directory = directory(files, blob);
+            fs::write(directory.join("foreign"), "?").unwrap();
+            fs::write(directory.join(format!("{blob}.foreign")), "?").unwrap();
             fs::write(files.join("blobs/foreign"), "?").unwrap();
+            // Named as ours, at another's place.
+            let elsewhere = files.join("blobs/elsewhere");
+            fs::create_dir(&elsewhere).unwrap();
+            fs::write(elsewhere.join(format!("{blob}.{blob}")), "?").unwrap();
         }
         let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_millis() as i64;
         let listed = place.store.list(blob).await.unwrap();
@@ -498,19 +504,32 @@ async fn a_disk_misses_lost_blocks_before_they_are_acknowledged_for_good() {
     place.store.make_durable(BlobId::fresh(), &[]).await.unwrap();
 }
 
+/// Where a disk keeps the objects of a blob and of others of the same moment.
+fn directory(files: &Path, blob: BlobId) -> PathBuf {
+    files.join("blobs").join(&blob.to_string()[..11])
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_gives_back_empty_directories() {
     let place = Place::disk().await;
     let blob = BlobId::fresh();
+    let other = BlobId(uuid::Uuid::from_u128(blob.0.as_u128() ^ 1));
     let block = place.block(blob, &pattern(1000)).await;
-    let directory = place.files.as_ref().unwrap().join(ObjectKey::prefix(blob));
+    let others = place.block(other, &pattern(10)).await;
+    let directory = directory(place.files.as_ref().unwrap(), blob);
     assert_eq!(fs::metadata(&directory).unwrap().permissions().mode() & 0o777, 0o700);
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 2);
     place.store.remove_prefix(blob).await.unwrap();
     assert!(directory.exists(), "it was not empty");
     place.store.delete(&block.object_key).await.unwrap();
     place.store.remove_prefix(blob).await.unwrap();
+    assert_eq!(place.store.list(blob).await.unwrap(), []);
+    assert_eq!(place.store.list(other).await.unwrap().len(), 1, "what it shared stays");
+    place.store.delete(&others.object_key).await.unwrap();
+    place.store.remove_prefix(other).await.unwrap();
     assert!(!directory.exists());
     place.store.remove_prefix(blob).await.unwrap();
+    place.block(blob, &pattern(1000)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
