@@ -1,17 +1,21 @@
-//! The load generator: HTTP/1.1 on plain blocking sockets, a thread per connection, and nothing else.
+//! The load generator: HTTP/1.1 on blocking sockets, a thread per connection, and nothing else.
 //!
 //! `scenarios` and `peers` send everything through here. It has to cost less than the servers it drives: what is sent
-//! is one buffer made beforehand, and a body that nobody wants to see is dropped inside the kernel.
+//! is one buffer made beforehand, and a body that nobody wants to see is dropped inside the kernel. TLS is the
+//! exception: here too each byte is encrypted or decrypted.
 
-use std::fmt::Write as _;
-use std::io::{IoSlice, Read, Write};
+use std::fmt::{self, Write as _};
+use std::io::{self, IoSlice, Read as _, Write as _};
 use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustls_pki_types::CertificateDer;
 use sha2::{Digest as _, Sha256};
+use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 /// A server that is silent for so long has failed.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -61,10 +65,79 @@ fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
         .map(|(_, value)| value.trim())
 }
 
+/// Where a server is, and what its clients trust if it speaks TLS.
+#[derive(Clone)]
+pub struct Origin {
+    address: SocketAddr,
+    tls: Option<Arc<ClientConfig>>,
+}
+
+impl Origin {
+    /// The same server, if it speaks TLS with this certificate.
+    pub fn with_certificate(self, certificate: CertificateDer<'static>) -> Result<Self> {
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate)?;
+        let config = ClientConfig::builder()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        Ok(Self {
+            tls: Some(Arc::new(config)),
+            ..self
+        })
+    }
+
+    fn connect(&self) -> Result<Connection> {
+        let stream = TcpStream::connect(self.address).context("no connection")?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        let Some(config) = &self.tls else {
+            return Ok(Connection::Plain(stream));
+        };
+        let session = ClientConnection::new(Arc::clone(config), self.address.ip().into())?;
+        Ok(Connection::Tls(Box::new(StreamOwned::new(session, stream))))
+    }
+}
+
+impl From<SocketAddr> for Origin {
+    fn from(address: SocketAddr) -> Self {
+        Self { address, tls: None }
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        write!(formatter, "{scheme}://{}", self.address)
+    }
+}
+
+enum Connection {
+    Plain(TcpStream),
+    /// Makes its handshake when it first sends.
+    Tls(Box<StreamOwned<ClientConnection, TcpStream>>),
+}
+
+impl Connection {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(stream) => stream.read(buffer),
+            Self::Tls(stream) => stream.read(buffer),
+        }
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice]) -> io::Result<usize> {
+        match self {
+            Self::Plain(stream) => stream.write_vectored(slices),
+            Self::Tls(stream) => stream.write_vectored(slices),
+        }
+    }
+}
+
 /// One connection, opened when it is first needed and kept.
 pub struct Client {
-    address: SocketAddr,
-    stream: Option<TcpStream>,
+    origin: Origin,
+    connection: Option<Connection>,
     /// Bytes received and not yet looked at.
     ahead: Vec<u8>,
     scratch: Vec<u8>,
@@ -72,10 +145,10 @@ pub struct Client {
 }
 
 impl Client {
-    pub fn new(address: SocketAddr) -> Self {
+    pub fn new(origin: impl Into<Origin>) -> Self {
         Self {
-            address,
-            stream: None,
+            origin: origin.into(),
+            connection: None,
             ahead: Vec::new(),
             scratch: Vec::new(),
             dropped: Vec::new(),
@@ -116,44 +189,40 @@ impl Client {
         write!(
             request,
             "{method} {target} HTTP/1.1\r\nHost: {}\r\n{headers}",
-            self.address
+            self.origin.address
         )?;
         if method != "GET" {
             write!(request, "Content-Length: {}\r\n", body.len())?;
         }
         request.push_str("\r\n");
-        let kept = self.stream.is_some();
+        let kept = self.connection.is_some();
         let head = match self.send(request.as_bytes(), body) {
             Ok(head) => head,
             // The server had closed the idle connection.
             Err(_) if kept => {
-                self.stream = None;
+                self.connection = None;
                 self.send(request.as_bytes(), body)?
             }
             Err(error) => return Err(error),
         };
         let bytes = self.receive_body(&head, take)?;
         if header(&head, "connection").is_some_and(|value| value.eq_ignore_ascii_case("close")) {
-            self.stream = None;
+            self.connection = None;
         }
         Ok((head, bytes))
     }
 
     /// Sends a request and returns the reply's head.
     fn send(&mut self, head: &[u8], body: &[u8]) -> Result<String> {
-        if self.stream.is_none() {
-            let stream = TcpStream::connect(self.address).context("no connection")?;
-            stream.set_nodelay(true)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
-            self.stream = Some(stream);
+        if self.connection.is_none() {
+            self.connection = Some(self.origin.connect()?);
             self.ahead.clear();
         }
-        let stream = self.stream.as_mut().context("no connection")?;
+        let connection = self.connection.as_mut().context("no connection")?;
         let mut slices = [IoSlice::new(head), IoSlice::new(body)];
         let mut rest = &mut slices[..];
         while !rest.is_empty() {
-            match stream.write_vectored(rest) {
+            match connection.write_vectored(rest) {
                 Ok(written) => IoSlice::advance_slices(&mut rest, written),
                 // It may have said no before it had all.
                 Err(_) => break,
@@ -173,9 +242,9 @@ impl Client {
     }
 
     fn read_more(&mut self) -> Result<()> {
-        let stream = self.stream.as_mut().context("no connection")?;
+        let connection = self.connection.as_mut().context("no connection")?;
         self.scratch.resize(READ_BYTES, 0);
-        let read = stream.read(&mut self.scratch).context("receiving")?;
+        let read = connection.read(&mut self.scratch).context("receiving")?;
         ensure!(read > 0, "the connection was closed");
         self.ahead.extend_from_slice(&self.scratch[..read]);
         Ok(())
@@ -225,23 +294,21 @@ impl Client {
         give(take, &self.ahead[..at_hand]);
         self.ahead.drain(..at_hand);
         left -= at_hand;
-        let stream = self.stream.as_mut().context("no connection")?;
+        let connection = self.connection.as_mut().context("no connection")?;
         while left > 0 {
-            let read = if matches!(take, Take::Drop) {
+            let read = if let (Connection::Plain(stream), Take::Drop) = (&*connection, &*take) {
                 self.dropped.resize(DROP_AT_ONCE, MaybeUninit::uninit());
                 let most = left.min(DROP_AT_ONCE);
-                socket2::SockRef::from(&*stream).recv_with_flags(&mut self.dropped[..most], MSG_TRUNC)
+                socket2::SockRef::from(stream).recv_with_flags(&mut self.dropped[..most], MSG_TRUNC)
             } else {
                 self.scratch.resize(READ_BYTES, 0);
                 let most = left.min(READ_BYTES);
-                stream.read(&mut self.scratch[..most])
+                let read = connection.read(&mut self.scratch[..most]);
+                read.inspect(|read| give(take, &self.scratch[..*read]))
             }
             .context("receiving")?;
             if read == 0 {
                 bail!("{left} bytes short");
-            }
-            if !matches!(take, Take::Drop) {
-                give(take, &self.scratch[..read]);
             }
             left -= read;
         }
@@ -352,7 +419,7 @@ impl<T> Run<T> {
 
 /// Calls `work` with the numbers from 0 on, on so many connections at once.
 pub fn in_parallel<T: Send>(
-    address: SocketAddr,
+    origin: &Origin,
     connections: usize,
     until: Until,
     work: impl Fn(&mut Client, usize) -> Result<T> + Sync,
@@ -360,7 +427,7 @@ pub fn in_parallel<T: Send>(
     let next = AtomicUsize::new(0);
     let begun = Instant::now();
     let one = || -> Result<Vec<(usize, Duration, T)>> {
-        let mut client = Client::new(address);
+        let mut client = Client::new(origin.clone());
         let mut done = Vec::new();
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);

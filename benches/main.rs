@@ -124,12 +124,12 @@ fn main() -> Result<()> {
 
 fn markdown(facts: &[String], names: &[&'static str], report: &Report, rounds: usize, size_mib: usize) -> String {
     let facts: String = facts.iter().map(|fact| format!("- {fact}\n")).collect();
-    let failures: String = report.failures.iter().map(|failure| format!("- {failure}\n")).collect();
     format!(
         "{facts}\nRounds: {rounds}; the large artifact has {size_mib} MiB. Medians with [least..most]; ratios are medians of the \
-         rounds' own.\n\n### Goals\n\n{}{}\n{failures}",
+         rounds' own.\n\n### Goals\n\n{}{}{}",
         goals::table(report),
         report.tables(names),
+        report.failures(),
     )
 }
 

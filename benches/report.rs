@@ -15,6 +15,7 @@ pub struct Report {
     corrupt: BTreeSet<(String, &'static str)>,
     /// In the order in which they came up first.
     steps: Vec<Step>,
+    /// What servers failed in: a line each.
     pub failures: Vec<String>,
 }
 
@@ -126,6 +127,17 @@ impl Report {
             }
         }
         text
+    }
+
+    /// What failed, if anything did.
+    pub fn failures(&self) -> String {
+        if self.failures.is_empty() {
+            return String::new();
+        }
+        let lines: String = self.failures.iter().map(|failure| format!("- {failure}\n")).collect();
+        format!(
+            "\n### Failed\n\nWhat these would have measured is missing above, and the goals go without it:\n\n{lines}"
+        )
     }
 }
 

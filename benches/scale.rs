@@ -50,11 +50,11 @@ pub fn run(server: &dyn Server, directory: &Path, plan: &Plan, cell: &mut Cell) 
     let step = format!("Cleaner: {EXPIRED} expired of {rows}");
     let find =
         |client: &mut Client, number: usize| server.find(client, RUNS[2], &format!("artifact-{}", number % 1000));
-    let quiet = in_parallel(server.address(), 2, Until::Passed(plan.calls_for), find)?;
+    let quiet = in_parallel(&server.origin(), 2, Until::Passed(plan.calls_for), find)?;
     with_database(&database, &[(EXPIRE, EXPIRED)])?;
     let (begun, done) = (Instant::now(), AtomicBool::new(false));
     let (busy, wall) = std::thread::scope(|scope| -> Result<_> {
-        let foreground = scope.spawn(|| in_parallel(server.address(), 2, Until::Told(&done), find));
+        let foreground = scope.spawn(|| in_parallel(&server.origin(), 2, Until::Told(&done), find));
         let cleaned = loop {
             match server.expired() {
                 Ok(count) if count < u64::from(EXPIRED) && begun.elapsed() < CLEANER_PATIENCE => {

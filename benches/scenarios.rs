@@ -92,11 +92,14 @@ impl Plan {
 impl Scenario {
     /// Is there something to compare?
     pub fn suits(self, kind: Kind) -> bool {
-        use Kind::{Act, Azurite, FloorDiscard, FloorWrite, Nginx, WharfingerFull, WharfingerProcess, WharfingerS3};
+        use Kind::{
+            Act, Azurite, FloorDiscard, FloorWrite, Nginx, WharfingerFull, WharfingerProcess, WharfingerS3,
+            WharfingerTls,
+        };
         match self {
             Self::Ingest => true,
             Self::Download => !matches!(kind, FloorDiscard | FloorWrite | WharfingerFull),
-            Self::Life => !matches!(kind, FloorDiscard | FloorWrite),
+            Self::Life => !matches!(kind, FloorDiscard | FloorWrite | WharfingerTls),
             Self::Metadata => matches!(
                 kind,
                 WharfingerProcess | WharfingerFull | WharfingerS3 | Act | FloorDiscard
@@ -150,7 +153,7 @@ fn fetch(client: &mut Client, targets: &[String]) -> Result<String> {
 
 /// Does the artifact come back as it was sent? A download that fails is as wrong as one with other bytes.
 fn is_right(server: &dyn Server, name: &str, payload: &Payload) -> bool {
-    let mut client = Client::new(server.address());
+    let mut client = Client::new(server.origin());
     let links = server.links(&mut client, RUNS[0], name, payload.blocks());
     links
         .and_then(|links| fetch(&mut client, &links))
@@ -161,12 +164,12 @@ fn ingest(server: &dyn Server, plan: &Plan, cell: &mut Cell) -> Result<()> {
     let payload = &plan.large;
     for at_once in [1, 5, 10] {
         let (step, name) = (format!("Ingest, {at_once} at once"), format!("ingest-{at_once}"));
-        let mut client = Client::new(server.address());
+        let mut client = Client::new(server.origin());
         let meter = Meter::start(server.pids());
         let begun = Instant::now();
         let target = server.begin(&mut client, RUNS[0], &name)?;
         let blocks = in_parallel(
-            server.address(),
+            &server.origin(),
             at_once,
             Until::Count(payload.blocks()),
             |client, index| server.put_block(client, &target, index, payload.block(index)),
@@ -196,14 +199,14 @@ fn download(server: &dyn Server, plan: &Plan, cell: &mut Cell) -> Result<()> {
     let payload = &plan.large;
     let links = server.seed("download", payload)?;
     server.settle()?;
-    let right = fetch(&mut Client::new(server.address()), &links)? == payload.sha256;
+    let right = fetch(&mut Client::new(server.origin()), &links)? == payload.sha256;
     for at_once in [1, 8] {
         let step = format!("Download, {at_once} at once");
         if !right {
             cell.corrupt(&step);
         }
         let meter = Meter::start(server.pids());
-        let run = in_parallel(server.address(), at_once, Until::Count(at_once), |client, _| {
+        let run = in_parallel(&server.origin(), at_once, Until::Count(at_once), |client, _| {
             let sizes = links.iter().map(|link| client.get(link, &mut Take::Drop));
             Ok(sizes.sum::<Result<u64>>()? as usize)
         })?;
@@ -230,7 +233,7 @@ fn life(server: &dyn Server, plan: &Plan, cell: &mut Cell) -> Result<()> {
     let step = "64 KiB artifacts, whole life";
     // SeaweedFS makes its volumes at the first writes, which takes it seconds.
     in_parallel(
-        server.address(),
+        &server.origin(),
         LIVES_AT_ONCE,
         Until::Count(LIVES_AT_ONCE),
         |client, number| live(server, client, &format!("warm-up-{number}"), &plan.small),
@@ -238,7 +241,7 @@ fn life(server: &dyn Server, plan: &Plan, cell: &mut Cell) -> Result<()> {
     server.settle()?;
     let meter = Meter::start(server.pids());
     let run = in_parallel(
-        server.address(),
+        &server.origin(),
         LIVES_AT_ONCE,
         Until::Count(plan.lives),
         |client, number| live(server, client, &format!("life-{number}"), &plan.small),
@@ -265,7 +268,7 @@ fn life(server: &dyn Server, plan: &Plan, cell: &mut Cell) -> Result<()> {
 /// Fills a run with artifacts of one byte.
 pub fn fill(server: &dyn Server, run: &str, count: usize, payload: &Payload) -> Result<()> {
     in_parallel(
-        server.address(),
+        &server.origin(),
         LIVES_AT_ONCE,
         Until::Count(count),
         |client, number| {
@@ -288,7 +291,7 @@ pub fn calls<T: Send>(
     call: impl Fn(&mut Client, usize) -> Result<T> + Sync,
 ) -> Result<Run<T>> {
     let meter = Meter::start(server.pids());
-    let run = in_parallel(server.address(), CALLERS, Until::Passed(plan.calls_for), call)?;
+    let run = in_parallel(&server.origin(), CALLERS, Until::Passed(plan.calls_for), call)?;
     let used = meter.stop();
     let count = run.results.len() as f64;
     cell.add(step, "calls/s", count / run.wall.as_secs_f64());
@@ -324,11 +327,11 @@ fn metadata(server: &dyn Server, plan: &Plan, cell: &mut Cell) -> Result<()> {
 
 fn commit(server: &dyn Server, plan: &Plan, cell: &mut Cell) -> Result<()> {
     let (payload, step) = (&plan.listed, "Put Block List of 128 blocks");
-    let mut client = Client::new(server.address());
+    let mut client = Client::new(server.origin());
     let mut took = Vec::new();
     for number in 0..30 {
         let target = server.begin(&mut client, RUNS[0], &format!("listed-{number}"))?;
-        let blocks = in_parallel(server.address(), 5, Until::Count(payload.blocks()), |client, index| {
+        let blocks = in_parallel(&server.origin(), 5, Until::Count(payload.blocks()), |client, index| {
             server.put_block(client, &target, index, payload.block(index))
         })?;
         let begun = Instant::now();
@@ -346,7 +349,7 @@ fn commit(server: &dyn Server, plan: &Plan, cell: &mut Cell) -> Result<()> {
 
     let payload = &plan.inline;
     let target = server.begin(&mut client, RUNS[0], "inline")?;
-    let blocks = in_parallel(server.address(), 5, Until::Count(payload.blocks()), |client, index| {
+    let blocks = in_parallel(&server.origin(), 5, Until::Count(payload.blocks()), |client, index| {
         server.put_block(client, &target, index, payload.block(index))
     })?;
     server.commit(&mut client, &target, &blocks.results)?;
@@ -364,7 +367,7 @@ fn crowd(server: &dyn Server, plan: &Plan, cell: &mut Cell) -> Result<()> {
         ("64 uploads, 5 blocks at once each", &plan.wide_crowd, 5),
     ] {
         let meter = Meter::start(server.pids());
-        let run = in_parallel(server.address(), CROWD, Until::Count(CROWD), |_, number| {
+        let run = in_parallel(&server.origin(), CROWD, Until::Count(CROWD), |_, number| {
             peers::upload(server, &format!("crowd-{at_once}-{number}"), payload, at_once)
         })?;
         server.settle()?;
@@ -401,7 +404,7 @@ fn client(server: &dyn Server, directory: &Path, plan: &Plan, cell: &mut Cell) -
             .arg(root.join("tests/e2e/transfer.mjs"))
             .args([what, "image"])
             .arg(path)
-            .env("ACTIONS_RESULTS_URL", format!("http://{}/", server.address()))
+            .env("ACTIONS_RESULTS_URL", format!("{}/", server.origin()))
             .env("ACTIONS_RUNTIME_TOKEN", &token)
             .env("GITHUB_SERVER_URL", "https://github.com")
             .env("GITHUB_WORKSPACE", directory)
@@ -410,8 +413,18 @@ fn client(server: &dyn Server, directory: &Path, plan: &Plan, cell: &mut Cell) -
             .output()?;
         let said = String::from_utf8_lossy(&output.stdout);
         let result = said.lines().find_map(|line| line.strip_prefix("@@"));
-        let last = said.lines().rev().take(3).collect::<Vec<_>>().join(" / ");
-        let result = result.with_context(|| format!("{what}: {last} {}", String::from_utf8_lossy(&output.stderr)))?;
+        let result = result.with_context(|| {
+            // The status is in the client's log alone, and Node quotes the line that threw before it says why.
+            let mut log = said.lines().rev();
+            let status = log.find_map(|line| line.strip_prefix("::debug::[Response] - "));
+            let complaint = String::from_utf8_lossy(&output.stderr);
+            let error = complaint.lines().find(|line| line.contains("Error: "));
+            format!(
+                "{what}: the last answer was {}; {}",
+                status.unwrap_or("none"),
+                error.unwrap_or(&complaint)
+            )
+        })?;
         Ok(serde_json::from_str(result)?)
     };
     for what in ["upload", "download"] {

@@ -72,7 +72,7 @@ pub fn start(directory: &Path) -> Result<ArtifactServer> {
         .collect::<Result<_>>()?;
     Ok(ArtifactServer {
         process,
-        address,
+        origin: address.into(),
         job: "",
         tokens,
         internal: None,

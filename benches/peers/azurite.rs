@@ -11,7 +11,7 @@ use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 
 use super::{Server, local, tool, twirp};
-use crate::load::Client;
+use crate::load::{Client, Origin};
 use crate::process::{Process, free_ports};
 
 /// Of every Azurite, by its documentation.
@@ -82,8 +82,8 @@ impl Server for Azurite {
         vec![self.process.pid()]
     }
 
-    fn address(&self) -> SocketAddr {
-        self.address
+    fn origin(&self) -> Origin {
+        self.address.into()
     }
 
     fn begin(&self, _: &mut Client, run: &str, name: &str) -> Result<String> {

@@ -23,7 +23,7 @@ pub fn start(directory: &Path, write: bool) -> Result<ArtifactServer> {
     process.ready(&log, || Client::new(address).call("GET", "/", "", &[]).is_ok())?;
     Ok(ArtifactServer {
         process,
-        address,
+        origin: address.into(),
         job: "build",
         // It asks nobody; but clients look into their token.
         tokens: RUNS.map(|run| (run, TOKEN.to_owned())).into(),

@@ -17,7 +17,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::load::{Client, Payload, Until, in_parallel};
+use crate::load::{Client, Origin, Payload, Until, in_parallel};
 use crate::scenarios::Scenario;
 
 /// Workflow runs that the servers are asked about; each starts empty.
@@ -28,7 +28,7 @@ pub trait Server: Send + Sync {
     /// The processes that the server consists of, without their children.
     fn pids(&self) -> Vec<u32>;
 
-    fn address(&self) -> SocketAddr;
+    fn origin(&self) -> Origin;
 
     /// Begins an upload; returns where to.
     fn begin(&self, client: &mut Client, run: &str, name: &str) -> Result<String>;
@@ -61,7 +61,7 @@ pub trait Server: Send + Sync {
     fn seed(&self, name: &str, payload: &Payload) -> Result<Vec<String>> {
         // More blocks at once would be quicker, but not all servers can.
         upload(self, name, payload, 1)?;
-        self.links(&mut Client::new(self.address()), RUNS[0], name, payload.blocks())
+        self.links(&mut Client::new(self.origin()), RUNS[0], name, payload.blocks())
     }
 
     /// Returns when nothing is left to do in the background.
@@ -82,10 +82,10 @@ pub trait Server: Send + Sync {
 
 /// A whole upload with so many blocks at once.
 pub fn upload<S: Server + ?Sized>(server: &S, name: &str, payload: &Payload, at_once: usize) -> Result<()> {
-    let mut client = Client::new(server.address());
+    let mut client = Client::new(server.origin());
     let target = server.begin(&mut client, RUNS[0], name)?;
     let blocks = in_parallel(
-        server.address(),
+        &server.origin(),
         at_once,
         Until::Count(payload.blocks()),
         |client, index| server.put_block(client, &target, index, payload.block(index)),
@@ -98,6 +98,7 @@ pub fn upload<S: Server + ?Sized>(server: &S, name: &str, payload: &Payload, at_
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     WharfingerProcess,
+    WharfingerTls,
     WharfingerFull,
     WharfingerS3,
     Nginx,
@@ -109,8 +110,9 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::WharfingerProcess,
+        Self::WharfingerTls,
         Self::WharfingerFull,
         Self::WharfingerS3,
         Self::Nginx,
@@ -124,6 +126,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Self::WharfingerProcess => "wharfinger-process",
+            Self::WharfingerTls => "wharfinger-tls",
             Self::WharfingerFull => "wharfinger-full",
             Self::WharfingerS3 => "wharfinger-s3",
             Self::Nginx => "nginx",
@@ -141,6 +144,7 @@ impl Kind {
             Self::WharfingerProcess => {
                 "Wharfinger, SQLite and disk, `durability = \"process\"`: syncs nothing, as the peers".to_owned()
             }
+            Self::WharfingerTls => "as wharfinger-process, and speaks TLS itself".to_owned(),
             Self::WharfingerFull => "Wharfinger, SQLite and disk, as it comes: synced at the block list".to_owned(),
             Self::WharfingerS3 => format!(
                 "Wharfinger on {} and SeaweedFS, all of their processes counted",
@@ -163,6 +167,7 @@ impl Kind {
         Ok(match self {
             Self::WharfingerProcess if scenario == Scenario::Scale => Box::new(wharfinger::eager_to_clean(directory)?),
             Self::WharfingerProcess => Box::new(wharfinger::embedded(directory, "process")?),
+            Self::WharfingerTls => Box::new(wharfinger::over_tls(directory)?),
             Self::WharfingerFull => Box::new(wharfinger::embedded(directory, "full")?),
             Self::WharfingerS3 => Box::new(wharfinger::on_postgres_and_s3(directory)?),
             Self::Nginx => Box::new(nginx::Nginx::start(directory)?),

@@ -10,7 +10,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use super::{Server, first_line, local, tool};
-use crate::load::{Client, Payload};
+use crate::load::{Client, Origin, Payload};
 use crate::process::{Process, free_ports};
 
 pub struct Nginx {
@@ -80,8 +80,8 @@ impl Server for Nginx {
         vec![self.process.pid()]
     }
 
-    fn address(&self) -> SocketAddr {
-        self.address
+    fn origin(&self) -> Origin {
+        self.address.into()
     }
 
     fn begin(&self, _: &mut Client, run: &str, name: &str) -> Result<String> {

@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use super::{Server, first_line, local, tool};
-use crate::load::Client;
+use crate::load::{Client, Origin};
 use crate::process::{Process, free_ports};
 
 pub const BUCKET: &str = "bench";
@@ -105,8 +105,8 @@ impl Server for Seaweedfs {
         vec![self.process.pid()]
     }
 
-    fn address(&self) -> SocketAddr {
-        self.address
+    fn origin(&self) -> Origin {
+        self.address.into()
     }
 
     fn begin(&self, client: &mut Client, run: &str, name: &str) -> Result<String> {

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::postgres::Postgres;
 use super::seaweedfs::Seaweedfs;
 use super::{RUNS, Server};
-use crate::load::{Client, Payload};
+use crate::load::{Client, Origin, Payload};
 use crate::process::Process;
 
 /// For hashing what the largest scenario uploads.
@@ -23,7 +23,7 @@ const SETTLE_PATIENCE: Duration = Duration::from_secs(120);
 /// A running server that artifact clients can talk to.
 pub struct ArtifactServer {
     pub process: Process,
-    pub address: SocketAddr,
+    pub origin: Origin,
     /// The job's id in every run; if empty, the run's.
     pub job: &'static str,
     /// Runs and their tokens.
@@ -69,8 +69,8 @@ impl Server for ArtifactServer {
         beside.chain([self.process.pid()]).collect()
     }
 
-    fn address(&self) -> SocketAddr {
-        self.address
+    fn origin(&self) -> Origin {
+        self.origin.clone()
     }
 
     fn begin(&self, client: &mut Client, run: &str, name: &str) -> Result<String> {

@@ -14,12 +14,29 @@ use super::{RUNS, Server as _, answers, local};
 use crate::process::{Process, free_ports};
 
 const JOB: &str = "build";
+
 pub fn embedded(directory: &Path, durability: &str) -> Result<ArtifactServer> {
     start(
         directory,
         &[("WHARFINGER_STORAGE__DURABILITY", durability.to_owned())],
         None,
     )
+}
+
+/// As `embedded` without syncing, with a certificate of its own.
+pub fn over_tls(directory: &Path) -> Result<ArtifactServer> {
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()])?;
+    let (cert_file, key_file) = (directory.join("cert.pem"), directory.join("key.pem"));
+    fs::write(&cert_file, made.cert.pem())?;
+    write_secret(&key_file, &made.signing_key.serialize_pem())?;
+    let settings = [
+        ("WHARFINGER_STORAGE__DURABILITY", "process".to_owned()),
+        ("WHARFINGER_TLS__CERT_FILE", cert_file.display().to_string()),
+        ("WHARFINGER_TLS__KEY_FILE", key_file.display().to_string()),
+    ];
+    let mut server = start(directory, &settings, None)?;
+    server.origin = server.origin.with_certificate(made.cert.der().clone())?;
+    Ok(server)
 }
 
 /// As `embedded` without syncing, with a cleaner that looks for work every second.
@@ -35,8 +52,7 @@ pub fn on_postgres_and_s3(directory: &Path) -> Result<ArtifactServer> {
     let postgres = Postgres::start(directory)?;
     let store = Seaweedfs::start(directory)?;
     let secret = directory.join("root.secret");
-    fs::write(&secret, "for-measuring-only-8Zr2LkT0aWnD4yEoJ7hB1uGf\n")?;
-    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600))?;
+    write_secret(&secret, "for-measuring-only-8Zr2LkT0aWnD4yEoJ7hB1uGf\n")?;
     let settings = [
         ("WHARFINGER_DATABASE__URL", postgres.url()),
         ("WHARFINGER_SECRET_FILE", secret.display().to_string()),
@@ -44,11 +60,16 @@ pub fn on_postgres_and_s3(directory: &Path) -> Result<ArtifactServer> {
             "WHARFINGER_STORAGE__URL",
             format!("s3://{}/wharfinger", seaweedfs::BUCKET),
         ),
-        ("WHARFINGER_STORAGE__ENDPOINT", format!("http://{}", store.address())),
+        ("WHARFINGER_STORAGE__ENDPOINT", store.origin().to_string()),
         ("WHARFINGER_STORAGE__ACCESS_KEY_ID", seaweedfs::KEY_ID.to_owned()),
         ("WHARFINGER_STORAGE__SECRET_ACCESS_KEY", seaweedfs::KEY.to_owned()),
     ];
     start(directory, &settings, Some((postgres, store)))
+}
+
+fn write_secret(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text)?;
+    Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o600))?)
 }
 
 fn start(
@@ -99,7 +120,7 @@ fn start(
     let tokens = RUNS.into_iter().map(mint).collect::<Result<_>>()?;
     Ok(ArtifactServer {
         process,
-        address,
+        origin: address.into(),
         job: JOB,
         tokens,
         internal: Some(internal),

@@ -4,6 +4,8 @@
 //! looked up. Bodies of files are kept as they come, packed or not, and are never unpacked. Source: recordings of
 //! `@actions/artifact` 1.1.3 and of the actions upload-artifact v2 and v3 and download-artifact v2 and v3.
 
+use std::sync::Arc;
+
 use axum::Extension;
 use axum::body::Body;
 use axum::extract::{FromRequest, Path, RawQuery, Request, State};
@@ -103,7 +105,7 @@ pub struct CreateRequest {
 
 pub async fn create(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     Path(run_id): Path<String>,
     Json(request): Json<CreateRequest>,
 ) -> Reply {
@@ -135,7 +137,7 @@ pub struct FinalizeRequest {
 
 pub async fn finalize(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     Path(run_id): Path<String>,
     RawQuery(query): RawQuery,
     Json(request): Json<FinalizeRequest>,
@@ -157,7 +159,7 @@ pub async fn finalize(
 
 pub async fn list(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     Path(run_id): Path<String>,
 ) -> Reply {
     check_run(&principal, &run_id)?;
@@ -213,7 +215,7 @@ fn checksum<const N: usize>(headers: &HeaderMap, name: &str) -> Result<Option<[u
 
 pub async fn put(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     Path(id): Path<String>,
     request: Request,
 ) -> Reply {
@@ -336,7 +338,7 @@ fn item(services: &Services, container: &Container, file: &File) -> serde_json::
 
 pub async fn items(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     Path(id): Path<String>,
     RawQuery(query): RawQuery,
 ) -> Reply {
@@ -413,7 +415,7 @@ impl Listing {
 
 pub async fn file(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     Path(id): Path<String>,
     RawQuery(query): RawQuery,
 ) -> Reply {

@@ -3,6 +3,8 @@
 //! Routed by `api/mod.rs` behind a runtime token. The run in a request is only compared with the token's, before
 //! anything else in the request is looked at, so that the answer says nothing about other runs.
 
+use std::sync::Arc;
+
 use axum::Extension;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
@@ -66,7 +68,7 @@ pub struct CreateArtifactResponse {
 
 pub async fn create(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     Message(request): Message<CreateArtifactRequest>,
 ) -> Reply<CreateArtifactResponse> {
     request.ids.check_run_and_job(&principal)?;
@@ -112,7 +114,7 @@ impl From<ArtifactId> for Answer<ArtifactIdResponse> {
 
 pub async fn finalize(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     Message(request): Message<FinalizeArtifactRequest>,
 ) -> Reply<ArtifactIdResponse> {
     request.ids.check_run_and_job(&principal)?;
@@ -163,7 +165,7 @@ struct ListedArtifact {
 
 pub async fn list(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     Message(request): Message<ListArtifactsRequest>,
 ) -> Reply<ListArtifactsResponse> {
     request.ids.check_run(&principal)?;
@@ -203,7 +205,7 @@ pub struct SignedUrlResponse {
 
 pub async fn signed_url(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     Message(request): Message<NamedArtifactRequest>,
 ) -> Reply<SignedUrlResponse> {
     request.ids.check_run(&principal)?;
@@ -213,7 +215,7 @@ pub async fn signed_url(
 
 pub async fn delete(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     Message(request): Message<NamedArtifactRequest>,
 ) -> Reply<ArtifactIdResponse> {
     request.ids.check_run(&principal)?;

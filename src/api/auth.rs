@@ -1,7 +1,10 @@
 //! Who is calling: the guards in front of the routes, one for each kind of caller.
 //!
-//! `api/mod.rs` puts one before every route by its declaration. They verify papers and hand on what was proven. Only
-//! what an API token may do is looked up; the papers of jobs are checked without the database.
+//! `api/mod.rs` puts one before every route by its declaration. They verify papers and hand on what was proven, past the
+//! limit of the route's body. Only what an API token may do is looked up; the papers of jobs are checked without the
+//! database.
+
+use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::http::header::AUTHORIZATION;
@@ -10,23 +13,28 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::Context;
+use super::body::{self, BodyLimit};
 use super::reply::{self, AzureError, GithubError};
 use crate::error::{Error, Result};
 use crate::model::{Access, ApiToken, Principal};
 use crate::papers::{ApiTokenText, Link, Permission};
 
 /// Lets a request with a good runtime token through, with its `Principal`.
-pub async fn runtime_token(State(context): State<Context>, mut request: Request, next: Next) -> Response {
+pub async fn runtime_token(
+    State((context, limit)): State<(Context, BodyLimit)>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     match principal(&context, request.headers()).await {
         Ok(principal) => {
             request.extensions_mut().insert(principal);
-            next.run(request).await
+            body::limit(State(limit), request, next).await
         }
         Err(error) => reply::at(request.uri().path(), error),
     }
 }
 
-async fn principal(context: &Context, headers: &HeaderMap) -> Result<Principal> {
+async fn principal(context: &Context, headers: &HeaderMap) -> Result<Arc<Principal>> {
     let token = match authorization(headers)? {
         (scheme, token) if scheme.eq_ignore_ascii_case("bearer") => token,
         _ => return Err(missing("not a bearer token")),
@@ -41,7 +49,7 @@ async fn principal(context: &Context, headers: &HeaderMap) -> Result<Principal> 
 /// Lets a request with a good API token through, with the [`ApiToken`]. To read takes any; everything else takes
 /// one with `access`.
 pub async fn api_token(
-    State((context, access)): State<(Context, Access)>,
+    State((context, access, limit)): State<(Context, Access, BodyLimit)>,
     mut request: Request,
     next: Next,
 ) -> Response {
@@ -50,7 +58,7 @@ pub async fn api_token(
     match known_token(&context, request.headers()).await {
         Ok(token) if token.access >= needed => {
             request.extensions_mut().insert(token);
-            next.run(request).await
+            body::limit(State(limit), request, next).await
         }
         Ok(_) => {
             let needed = needed.as_str();
@@ -100,11 +108,15 @@ fn missing(reason: &str) -> Error {
 }
 
 /// Lets a request with a good link through, if the link allows the method, with the `Link`.
-pub async fn signed_link(State(context): State<Context>, mut request: Request, next: Next) -> Response {
+pub async fn signed_link(
+    State((context, limit)): State<(Context, BodyLimit)>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     match link(&context, &request) {
         Ok(link) => {
             request.extensions_mut().insert(link);
-            next.run(request).await
+            body::limit(State(limit), request, next).await
         }
         Err(error) => error.into_response(),
     }

@@ -1,6 +1,6 @@
 //! A request's body: how large it may be on a route, and the two ways to read it, whole or as it comes.
 //!
-//! `api/mod.rs` declares the limit beside each route and puts [`limit`] behind its guard; handlers read by [`whole`] and
+//! `api/mod.rs` declares the limit beside each route, whose guard goes on to [`limit`]; handlers read by [`whole`] and
 //! [`chunks`] alone. Never unpacks a body.
 
 use std::time::Instant;

@@ -5,6 +5,7 @@
 //! `Content-Length`; the commit says how many bytes they must make. Bytes go out by signed links, as everywhere.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use axum::Extension;
 use axum::Json;
@@ -49,7 +50,7 @@ struct ArtifactCacheEntry {
 
 pub async fn look_up(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     query: Result<Query<LookUp>, QueryRejection>,
 ) -> Reply<Response> {
     let Query(LookUp { keys, version }) = query.map_err(|error| Error::Malformed(error.body_text()))?;
@@ -90,7 +91,7 @@ pub struct ArtifactCacheList {
 /// What a client in debug mode asks after a miss, to show entries of other versions and scopes.
 pub async fn list(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     query: Result<Query<Listing>, QueryRejection>,
 ) -> Reply<Json<ArtifactCacheList>> {
     let Query(Listing { key }) = query.map_err(|error| Error::Malformed(error.body_text()))?;
@@ -129,7 +130,7 @@ struct ReserveCacheResponse {
 
 pub async fn reserve(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     request: Request,
 ) -> Reply<Response> {
     let request: ReserveCacheRequest = json(&context, request).await?;
@@ -142,7 +143,7 @@ pub async fn reserve(
 
 pub async fn upload_chunk(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     id: Result<Path<i64>, PathRejection>,
     request: Request,
 ) -> Reply<StatusCode> {
@@ -167,7 +168,7 @@ struct CommitCacheRequest {
 
 pub async fn commit(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     id: Result<Path<i64>, PathRejection>,
     request: Request,
 ) -> Reply<StatusCode> {

@@ -5,6 +5,8 @@
 //! may carry (field 1) is not read. Field numbers and names: `cache.proto`, as generated in the toolkit's
 //! `packages/cache/src/generated/results/api/v1/cache.ts`.
 
+use std::sync::Arc;
+
 use axum::Extension;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
@@ -49,7 +51,7 @@ pub struct CreateCacheEntryResponse {
 
 pub async fn create(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     request: Encoded<CreateCacheEntryRequest>,
 ) -> Reply<CreateCacheEntryResponse> {
     let CreateCacheEntryRequest { key, version } = &request.message;
@@ -100,7 +102,7 @@ fn is_0(number: &i64) -> bool {
 
 pub async fn finalize(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     request: Encoded<FinalizeCacheEntryUploadRequest>,
 ) -> Reply<FinalizeCacheEntryUploadResponse> {
     let FinalizeCacheEntryUploadRequest {
@@ -156,7 +158,7 @@ pub struct GetCacheEntryDownloadUrlResponse {
 /// A miss is a good answer that is not `ok`: the clients warn of anything else.
 pub async fn download_url(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
     request: Encoded<GetCacheEntryDownloadUrlRequest>,
 ) -> Reply<GetCacheEntryDownloadUrlResponse> {
     let GetCacheEntryDownloadUrlRequest {

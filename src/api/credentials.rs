@@ -3,6 +3,7 @@
 //! Called through the URL map in `api/mod.rs`; the rules are in `service/credentials.rs`. What an API token does not see
 //! is answered as what does not exist.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
@@ -22,7 +23,7 @@ use crate::service::credentials::{RunToClose, key_of};
 /// For what runs last in a job, such as the post step of an action.
 pub async fn close_job(
     State(context): State<Context>,
-    Extension(principal): Extension<Principal>,
+    Extension(principal): Extension<Arc<Principal>>,
 ) -> Result<StatusCode, GithubError> {
     context.services.close_job(&principal).await?;
     Ok(StatusCode::NO_CONTENT)

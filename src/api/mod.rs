@@ -30,11 +30,13 @@ pub mod tls;
 mod twirp;
 
 use axum::Router;
+use axum::handler::Handler as _;
 use axum::http::{StatusCode, Uri};
-use axum::middleware::{from_fn, from_fn_with_state};
+use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodRouter, any, delete, get, patch, post};
 
 pub use self::body::BodyLimit;
+use self::observe::Route;
 pub use self::ops::Operations;
 use self::pass_through::Upstream;
 use self::patience::Patience;
@@ -327,14 +329,15 @@ impl UrlMap {
         } else {
             (caller, body, handler)
         };
-        let handler = handler.layer(from_fn_with_state(body, body::limit));
+        // Each guard goes on to the limit itself, as a layer costs copies of all those below it.
         let guarded = match caller {
-            Caller::RuntimeToken => handler.layer(from_fn_with_state(context, auth::runtime_token)),
-            Caller::ApiToken(access) => handler.layer(from_fn_with_state((context, access), auth::api_token)),
-            Caller::SignedLink => handler.layer(from_fn_with_state(context, auth::signed_link)),
-            Caller::Upstream | Caller::Anyone => handler,
+            Caller::RuntimeToken => handler.layer(from_fn_with_state((context, body), auth::runtime_token)),
+            Caller::ApiToken(access) => handler.layer(from_fn_with_state((context, access, body), auth::api_token)),
+            Caller::SignedLink => handler.layer(from_fn_with_state((context, body), auth::signed_link)),
+            Caller::Upstream | Caller::Anyone => handler.layer(from_fn_with_state(body, body::limit)),
         };
-        self.router = self.router.route(&path, guarded);
+        let observed = guarded.layer(from_fn_with_state(Route::new(path.as_str()), observe::observe));
+        self.router = self.router.route(&path, observed);
         self.routes.push((path, caller, body));
         self
     }
@@ -346,11 +349,8 @@ impl UrlMap {
 
     /// The service that answers requests.
     pub fn into_router(self) -> Router {
-        self.router
-            .fallback(not_found)
-            .layer(from_fn(body::refuse_ambiguous_length))
-            .layer(from_fn(observe::observe))
-            .with_state(self.context)
+        let unknown = not_found.layer(from_fn_with_state(Route::new("none"), observe::observe));
+        self.router.fallback(unknown).with_state(self.context)
     }
 }
 

@@ -1,16 +1,18 @@
 //! Around every request: an id, one log line, metrics, and an answer even if the handler panics.
 //!
-//! Layered over the whole public URL map by `api/mod.rs`. Never logs a query or a header that carries a secret.
+//! Layered over each route of the public URL map by `api/mod.rs`. Never logs a query or a header that carries a secret.
 
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use axum::body::{Body, HttpBody};
-use axum::extract::{MatchedPath, Request};
+use axum::extract::{Request, State};
 use axum::http::header::{CONTENT_LENGTH, USER_AGENT};
 use axum::http::{HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
@@ -18,18 +20,70 @@ use axum::response::Response;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use http_body::{Frame, SizeHint};
+use metrics::{Counter, Gauge, Histogram, SharedString};
 use tracing::Instrument as _;
 use uuid::Uuid;
 
 use super::client::Client;
-use super::reply;
+use super::{body, reply};
 use crate::error::Error;
 
 /// How much of a client's name goes into the log.
 const MAX_USER_AGENT_CHARS: usize = 128;
 
-pub async fn observe(request: Request, next: Next) -> Response {
-    let mut exchange = Exchange::begin(&request);
+/// A route as the metrics know it.
+pub struct Route {
+    /// Its pattern: a path would make a new time series of every link.
+    name: SharedString,
+    /// From its first request on.
+    metrics: OnceLock<Metrics>,
+}
+
+/// One route's metrics, at hand: to look them up by name and labels costs more than to count.
+struct Metrics {
+    in_flight: Gauge,
+    durations: Histogram,
+    received_bytes: Counter,
+    sent_bytes: Counter,
+    /// By status.
+    requests: RwLock<HashMap<u16, Counter>>,
+}
+
+impl Route {
+    pub fn new(name: impl Into<Arc<str>>) -> Arc<Self> {
+        Arc::new(Self {
+            name: name.into().into(),
+            metrics: OnceLock::new(),
+        })
+    }
+
+    fn metrics(&self) -> &Metrics {
+        let route = || self.name.clone();
+        self.metrics.get_or_init(|| Metrics {
+            in_flight: metrics::gauge!("wharfinger_http_requests_in_flight", "route" => route()),
+            durations: metrics::histogram!("wharfinger_http_request_duration_seconds", "route" => route()),
+            received_bytes: metrics::counter!("wharfinger_http_received_bytes_total", "route" => route()),
+            sent_bytes: metrics::counter!("wharfinger_http_sent_bytes_total", "route" => route()),
+            requests: RwLock::default(),
+        })
+    }
+
+    /// The counter of requests that ended with this status.
+    fn requests(&self, status: u16) -> Counter {
+        let requests = &self.metrics().requests;
+        if let Some(counter) = requests.read().unwrap_or_else(PoisonError::into_inner).get(&status) {
+            return counter.clone();
+        }
+        let (route, label) = (self.name.clone(), status.to_string());
+        let counter = metrics::counter!("wharfinger_http_requests_total", "route" => route, "status" => label);
+        let mut requests = requests.write().unwrap_or_else(PoisonError::into_inner);
+        requests.insert(status, counter.clone());
+        counter
+    }
+}
+
+pub async fn observe(State(route): State<Arc<Route>>, request: Request, next: Next) -> Response {
+    let mut exchange = Exchange::begin(route, &request);
     let received = Arc::clone(&exchange.received);
     let request = request.map(|body| {
         Body::new(Counted {
@@ -42,7 +96,7 @@ pub async fn observe(request: Request, next: Next) -> Response {
     let id = exchange.id;
     // So that what is logged on the way, such as an internal error, leads back to the client's request id.
     let span = tracing::error_span!("request", request_id = %id);
-    let mut response = AssertUnwindSafe(next.run(request).instrument(span))
+    let mut response = AssertUnwindSafe(body::refuse_ambiguous_length(request, next).instrument(span))
         .catch_unwind()
         .await
         .unwrap_or_else(|_| reply::at(&path, Error::Internal(format!("a handler panicked at {path}"))));
@@ -73,8 +127,7 @@ pub async fn observe(request: Request, next: Next) -> Response {
 struct Exchange {
     id: Uuid,
     method: Method,
-    /// The route's pattern, for metrics: a path would make a new time series of every link.
-    route: String,
+    route: Arc<Route>,
     path: String,
     user_agent: String,
     client: Option<Client>,
@@ -88,12 +141,7 @@ struct Exchange {
 }
 
 impl Exchange {
-    fn begin(request: &Request) -> Self {
-        let route = request
-            .extensions()
-            .get::<MatchedPath>()
-            .map_or("none", MatchedPath::as_str)
-            .to_owned();
+    fn begin(route: Arc<Route>, request: &Request) -> Self {
         let user_agent = request
             .headers()
             .get(USER_AGENT)
@@ -102,7 +150,7 @@ impl Exchange {
         if request.method() == Method::PUT {
             metrics::gauge!("wharfinger_uploads_in_flight").increment(1);
         }
-        metrics::gauge!("wharfinger_http_requests_in_flight", "route" => route.clone()).increment(1);
+        route.metrics().in_flight.increment(1);
         Self {
             id: Uuid::new_v4(),
             method: request.method().clone(),
@@ -125,29 +173,38 @@ impl Drop for Exchange {
     fn drop(&mut self) {
         let (received, sent) = (self.received.load(Ordering::Relaxed), self.sent.load(Ordering::Relaxed));
         let duration = self.begun.elapsed();
-        let route = || self.route.clone();
-        let status = self.status.to_string();
         if self.method == Method::PUT {
             metrics::gauge!("wharfinger_uploads_in_flight").decrement(1);
         }
-        metrics::gauge!("wharfinger_http_requests_in_flight", "route" => route()).decrement(1);
-        metrics::counter!("wharfinger_http_requests_total", "route" => route(), "status" => status).increment(1);
-        metrics::histogram!("wharfinger_http_request_duration_seconds", "route" => route()).record(duration);
-        metrics::counter!("wharfinger_http_received_bytes_total", "route" => route()).increment(received);
-        metrics::counter!("wharfinger_http_sent_bytes_total", "route" => route()).increment(sent);
+        let metrics = self.route.metrics();
+        metrics.in_flight.decrement(1);
+        self.route.requests(self.status).increment(1);
+        metrics.durations.record(duration);
+        metrics.received_bytes.increment(received);
+        metrics.sent_bytes.increment(sent);
         tracing::info!(
             request_id = %self.id,
             method = %self.method,
-            path = %self.path.escape_default(),
+            path = %escaped(&self.path),
             client = self.client.map(|Client(address)| tracing::field::display(address)),
             status = self.status,
             duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
             received_bytes = received,
             sent_bytes = sent,
             complete = self.ended || self.expected == Some(sent),
-            user_agent = %self.user_agent.escape_default(),
+            user_agent = %escaped(&self.user_agent),
             "request"
         );
+    }
+}
+
+/// As [`str::escape_default`] has it. That goes character by character, and hardly any text has one that it changes.
+fn escaped(text: &str) -> Cow<'_, str> {
+    let stays = |byte: u8| matches!(byte, b' '..=b'~') && !b"'\"\\".contains(&byte);
+    if text.bytes().all(stays) {
+        Cow::Borrowed(text)
+    } else {
+        Cow::Owned(text.escape_default().to_string())
     }
 }
 

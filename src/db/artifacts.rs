@@ -138,11 +138,9 @@ pub(super) use over_limit;
 /// Id, blob, name, job, size, creation, SHA-256, and what its files have together.
 type SeenRow = (i64, Uuid, String, String, i64, i64, Option<Vec<u8>>, Option<i64>);
 
-/// No client keeps more, and an answer must have some bound.
-const LIST_LIMIT: i64 = 10_000;
-
 /// What a job of a first attempt sees: the run's artifacts, narrowed by one more condition. A text for each condition, so
-/// that each is planned for itself.
+/// that each is planned for itself. No client keeps more than 10,000; the number stands in the text because SQLite plans
+/// anew whenever a limit is bound.
 macro_rules! seen_by_first_attempt {
     ($condition:literal) => {
         concat!(
@@ -152,13 +150,13 @@ macro_rules! seen_by_first_attempt {
              WHERE a.issuer = $1 AND a.repository = $2 AND a.run_backend_id = $3 AND a.run_attempt <= $4
                  AND a.state = 'finalized' AND a.expires_at_ms > $5 ",
             $condition,
-            " ORDER BY a.created_at_ms DESC, a.id DESC LIMIT $6"
+            " ORDER BY a.created_at_ms DESC, a.id DESC LIMIT 10000"
         )
     };
 }
 
 /// What a job of a later attempt ($4) sees, besides its own attempt's: what jobs made that were not run again since.
-/// Of two with one name the newer attempt's. $7 is the job that asks: it was run again, whatever it made until now. No
+/// Of two with one name the newer attempt's. $6 is the job that asks: it was run again, whatever it made until now. No
 /// look from each row at all others, for which Postgres reads the whole run again.
 macro_rules! seen_by_later_attempt {
     ($condition:literal) => {
@@ -173,9 +171,9 @@ macro_rules! seen_by_later_attempt {
                  WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND run_attempt <= $4
                      AND state = 'finalized' AND expires_at_ms > $5
              ) a JOIN blobs b ON b.id = a.blob_id
-             WHERE a.age = 1 AND a.run_attempt = CASE a.job_backend_id WHEN $7 THEN $4 ELSE a.last_attempt_of_job END ",
+             WHERE a.age = 1 AND a.run_attempt = CASE a.job_backend_id WHEN $6 THEN $4 ELSE a.last_attempt_of_job END ",
             $condition,
-            " ORDER BY a.created_at_ms DESC, a.id DESC LIMIT $6"
+            " ORDER BY a.created_at_ms DESC, a.id DESC LIMIT 10000"
         )
     };
 }
@@ -393,7 +391,7 @@ impl Db {
         id: Option<ArtifactId>,
         now_ms: i64,
     ) -> Result<Vec<ListedArtifact>> {
-        let rows = self.seen(principal, name, id, LIST_LIMIT, now_ms).await?;
+        let rows = self.seen(principal, name, id, now_ms).await?;
         let listed = rows.into_iter().filter(|row| id.is_none_or(|id| row.0 == id.0));
         listed
             .map(
@@ -420,7 +418,7 @@ impl Db {
         now_ms: i64,
     ) -> Result<Option<NewestArtifact>> {
         if principal.run_attempt > 1 {
-            let rows = self.seen(principal, Some(name), None, 1, now_ms).await?;
+            let rows = self.seen(principal, Some(name), None, now_ms).await?;
             return Ok(rows.first().map(|row| NewestArtifact {
                 id: ArtifactId(row.0),
                 blob: BlobId(row.1),
@@ -454,16 +452,15 @@ impl Db {
         principal: &Principal,
         name: Option<&str>,
         id: Option<ArtifactId>,
-        limit: i64,
         now_ms: i64,
     ) -> Result<Vec<SeenRow>> {
         let is_first = principal.run_attempt == 1;
         let text = match (name, id, is_first) {
-            (Some(_), _, true) => seen_by_first_attempt!("AND a.name = $7"),
-            (None, Some(_), true) => seen_by_first_attempt!("AND a.id = $7"),
+            (Some(_), _, true) => seen_by_first_attempt!("AND a.name = $6"),
+            (None, Some(_), true) => seen_by_first_attempt!("AND a.id = $6"),
             (None, None, true) => seen_by_first_attempt!(""),
-            (Some(_), _, false) => seen_by_later_attempt!("AND a.name = $8"),
-            (None, Some(_), false) => seen_by_later_attempt!("AND a.id = $8"),
+            (Some(_), _, false) => seen_by_later_attempt!("AND a.name = $7"),
+            (None, Some(_), false) => seen_by_later_attempt!("AND a.id = $7"),
             (None, None, false) => seen_by_later_attempt!(""),
         };
         let run = &principal.run;
@@ -473,8 +470,7 @@ impl Db {
                 .bind(&run.repository)
                 .bind(&run.run_backend_id)
                 .bind(principal.run_attempt)
-                .bind(now_ms)
-                .bind(limit);
+                .bind(now_ms);
             if !is_first {
                 query = query.bind(&principal.job_backend_id);
             }

@@ -153,7 +153,7 @@ fn check(request: &MintRequest) -> Result<i64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use base64::Engine;
     use base64::engine::general_purpose::URL_SAFE_NO_PAD;
     use serde_json::{Value, json};
@@ -161,14 +161,15 @@ mod tests {
     use super::super::Papers;
     use super::super::secret::tests::root;
     use super::*;
+    use crate::model::SigningKey;
 
-    const NOW_MS: i64 = 1_800_000_000_500;
+    pub const NOW_MS: i64 = 1_800_000_000_500;
 
     fn papers() -> Papers {
         Papers::new(&[], &root(), "http://localhost").unwrap()
     }
 
-    fn request() -> MintRequest {
+    pub fn request() -> MintRequest {
         MintRequest {
             repository: "Octo/Demo".into(),
             repository_id: None,
@@ -261,6 +262,24 @@ mod tests {
     }
 
     #[test]
+    fn a_retired_key_ends_tokens_that_came_before() {
+        let papers = papers();
+        let token = papers.mint(&request(), NOW_MS).unwrap();
+        let second = SigningKey {
+            id: "2".into(),
+            ..SigningKey::first()
+        };
+        assert!(papers.verify_token(&token, NOW_MS).is_ok());
+        papers.use_keys(&[SigningKey::first(), second.clone()], NOW_MS).unwrap();
+        assert!(papers.verify_token(&token, NOW_MS).is_ok());
+        papers.use_keys(&[second], NOW_MS).unwrap();
+        assert!(matches!(
+            papers.verify_token(&token, NOW_MS),
+            Err(Error::Unauthorized(_))
+        ));
+    }
+
+    #[test]
     fn another_servers_is_refused() {
         let path = tempfile::tempdir().unwrap();
         let other = super::super::RootSecret::load_or_create(&path.path().join("root")).unwrap();
@@ -281,7 +300,7 @@ mod tests {
                 ..request()
             };
             let token = papers().mint(&request, NOW_MS).unwrap();
-            let scopes = papers().verify_token(&token, NOW_MS).unwrap().cache_scopes;
+            let scopes = papers().verify_token(&token, NOW_MS).unwrap().cache_scopes.clone();
             scopes
                 .into_iter()
                 .map(|scope| (scope.scope, scope.read, scope.write))
@@ -302,7 +321,7 @@ mod tests {
                 ..request()
             };
             let token = papers().mint(&request, NOW_MS).unwrap();
-            papers().verify_token(&token, NOW_MS).unwrap().cache_scopes
+            papers().verify_token(&token, NOW_MS).unwrap().cache_scopes.clone()
         };
         assert!(scopes("push")[0].write);
         assert!(!scopes("issue_comment")[0].write);

@@ -12,6 +12,7 @@ pub mod fuzzing;
 mod issuers;
 mod key_sets;
 mod keys;
+mod known_tokens;
 mod links;
 mod mint;
 mod secret;
@@ -41,6 +42,7 @@ pub struct Papers {
     root_secret: RootSecret,
     signing: RwLock<Arc<Signing>>,
     closed_runs: RwLock<closed_runs::ClosedRuns>,
+    known_tokens: known_tokens::KnownTokens,
     public_url: String,
     untrusted_events_readonly: bool,
     /// Asks issuers for their key sets, if any has one at a URL.
@@ -74,6 +76,7 @@ impl Papers {
             root_secret: root_secret.clone(),
             signing: RwLock::new(Arc::new(Signing::new(ring)?)),
             closed_runs: RwLock::default(),
+            known_tokens: known_tokens::KnownTokens::default(),
             public_url: parse_public_url(public_url)?,
             untrusted_events_readonly: true,
             http: None,
@@ -148,23 +151,32 @@ impl Papers {
     ///
     /// # Errors
     /// [`Error::Unauthorized`](crate::error::Error::Unauthorized), whatever is wrong; its reason is for the log only.
-    pub fn verify_token(&self, bearer: &str, now_ms: i64) -> error::Result<Principal> {
+    pub fn verify_token(&self, bearer: &str, now_ms: i64) -> error::Result<Arc<Principal>> {
         let minted = &self.signing().minted;
-        let principal = tokens::verify(&self.issuers, minted, bearer, self.untrusted_events_readonly, now_ms)?;
+        let known = self.known_tokens.find(bearer);
+        let verified = match known.filter(|known| known.still_counts(&self.issuers, minted, now_ms)) {
+            Some(verified) => verified,
+            None => {
+                let read_only = self.untrusted_events_readonly;
+                let verified = Arc::new(tokens::verify(&self.issuers, minted, bearer, read_only, now_ms)?);
+                self.known_tokens.add(bearer, Arc::clone(&verified));
+                verified
+            }
+        };
         let closed_runs = self.closed_runs.read().unwrap_or_else(PoisonError::into_inner);
-        if closed_runs.include(&principal) {
+        if closed_runs.include(&verified.principal) {
             return Err(error::Error::Unauthorized(
                 "the token's run or job was closed".to_owned(),
             ));
         }
-        Ok(principal)
+        Ok(Arc::clone(&verified.principal))
     }
 
     /// As [`Papers::verify_token`]; a token of a key that is not known yet makes its issuer be asked for new keys.
     ///
     /// # Errors
     /// The same.
-    pub async fn authenticate(&self, bearer: &str, now_ms: i64) -> error::Result<Principal> {
+    pub async fn authenticate(&self, bearer: &str, now_ms: i64) -> error::Result<Arc<Principal>> {
         let refused = match self.verify_token(bearer, now_ms) {
             Ok(principal) => return Ok(principal),
             Err(refused) => refused,

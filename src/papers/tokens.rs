@@ -89,14 +89,16 @@ pub(super) fn verify(
     token: &str,
     untrusted_read_only: bool,
     now_ms: i64,
-) -> Result<Principal> {
+) -> Result<Verified> {
     let parts = Parts::read(token)?;
     let named = Named::by(issuers, Some(minted), parts.header, parts.claims)?;
     let issuer = named.issuer;
-    verify_signature(&issuer.keys(now_ms), &named, parts.signed, parts.signature)?;
+    let keys = issuer.keys(now_ms);
+    verify_signature(&keys, &named, parts.signed, parts.signature)?;
 
     let claims = Claims::read(named.claims)?;
-    let expires_at_ms = check_dates(&claims, issuer.max_lifetime_ms, now_ms)?;
+    let dates = claims.dates;
+    let expires_at_ms = check_dates(dates, issuer.max_lifetime_ms, now_ms)?;
     if issuer.audience.is_some() && claims.audience != issuer.audience {
         return refuse("the token is for another audience");
     }
@@ -129,7 +131,7 @@ pub(super) fn verify(
         (None, Some(name)) => repository_key(name),
         (None, None) => String::new(),
     };
-    Ok(Principal {
+    let principal = Principal {
         run: RunKey {
             issuer: issuer.name.clone(),
             repository,
@@ -141,9 +143,36 @@ pub(super) fn verify(
         job_backend_id,
         cache_scopes,
         // Both dates were found to be dates.
-        issued_at_ms: claims.iat_s.or(claims.nbf_s).map(|seconds| seconds * 1000),
+        issued_at_ms: dates.iat_s.or(dates.nbf_s).map(|seconds| seconds * 1000),
         expires_at_ms,
+    };
+    Ok(Verified {
+        iss: named.iss,
+        keys,
+        dates,
+        principal: Arc::new(principal),
     })
+}
+
+/// A token that passed every check. Only two of them can end otherwise when it comes again: time goes on, and an issuer
+/// changes its keys. Everything else follows from the token's text and the configuration.
+#[derive(Debug)]
+pub(super) struct Verified {
+    iss: Option<String>,
+    /// All that its issuer had.
+    keys: Arc<[VerifyingKey]>,
+    dates: Dates,
+    pub principal: Arc<Principal>,
+}
+
+impl Verified {
+    /// Whether it passes those two once more.
+    pub fn still_counts(&self, issuers: &Issuers, minted: &Issuer, now_ms: i64) -> bool {
+        issuer_of(issuers, Some(minted), self.iss.as_deref()).is_some_and(|issuer| {
+            Arc::ptr_eq(&self.keys, &issuer.keys(now_ms))
+                && check_dates(self.dates, issuer.max_lifetime_ms, now_ms).is_ok()
+        })
+    }
 }
 
 /// The key set that a refused token names and that has no such key (yet).
@@ -186,8 +215,17 @@ impl<'a> Parts<'a> {
     }
 }
 
+/// The issuer that an `iss` names.
+fn issuer_of<'a>(issuers: &'a Issuers, minted: Option<&'a Issuer>, iss: Option<&str>) -> Option<&'a Issuer> {
+    match iss {
+        Some(MINTED_ISSUER) => minted,
+        iss => issuers.find(iss),
+    }
+}
+
 /// Whose key a token claims to be signed with. Not believed yet.
 struct Named<'a> {
+    iss: Option<String>,
     issuer: &'a Issuer,
     algorithm: Algorithm,
     kid: Option<String>,
@@ -198,11 +236,7 @@ struct Named<'a> {
 impl<'a> Named<'a> {
     fn by(issuers: &'a Issuers, minted: Option<&'a Issuer>, mut header: Object, mut claims: Object) -> Result<Self> {
         let iss: Option<String> = claims.take("iss")?;
-        let issuer = match iss.as_deref() {
-            Some(MINTED_ISSUER) => minted,
-            iss => issuers.find(iss),
-        };
-        let Some(issuer) = issuer else {
+        let Some(issuer) = issuer_of(issuers, minted, iss.as_deref()) else {
             return refuse("no issuer is configured for the token's iss");
         };
         let alg: Option<String> = header.take("alg")?;
@@ -214,6 +248,7 @@ impl<'a> Named<'a> {
             return refuse(format!("the token has the header {name}"));
         }
         Ok(Self {
+            iss,
             issuer,
             algorithm,
             kid: header.take("kid")?,
@@ -242,9 +277,7 @@ fn verify_signature(keys: &[VerifyingKey], named: &Named, signed: &str, signatur
 
 /// The claims that count, in their only types. `null` is not "absent".
 struct Claims {
-    exp_s: i64,
-    nbf_s: Option<i64>,
-    iat_s: Option<i64>,
+    dates: Dates,
     audience: Option<String>,
     scp: String,
     ac: Option<String>,
@@ -254,6 +287,13 @@ struct Claims {
     repository_owner_id: Option<i64>,
     run_id: Option<i64>,
     run_attempt: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Dates {
+    exp_s: i64,
+    nbf_s: Option<i64>,
+    iat_s: Option<i64>,
 }
 
 impl Claims {
@@ -273,9 +313,11 @@ impl Claims {
             return refuse("the claim run_attempt is too large");
         };
         Ok(Self {
-            exp_s,
-            nbf_s: claims.take("nbf")?,
-            iat_s: claims.take("iat")?,
+            dates: Dates {
+                exp_s,
+                nbf_s: claims.take("nbf")?,
+                iat_s: claims.take("iat")?,
+            },
             audience: claims.take("aud")?.map(|Audience(audience)| audience),
             scp,
             ac: claims.take("ac")?,
@@ -290,14 +332,14 @@ impl Claims {
 }
 
 /// Returns `exp` in milliseconds, without leeway.
-fn check_dates(claims: &Claims, max_lifetime_ms: i64, now_ms: i64) -> Result<i64> {
+fn check_dates(dates: Dates, max_lifetime_ms: i64, now_ms: i64) -> Result<i64> {
     let millis = |name: &str, seconds: i64| match seconds {
         0..=MAX_DATE_S => Ok(seconds * 1000),
         _ => refuse(format!("the claim {name} is no date")),
     };
-    let exp_ms = millis("exp", claims.exp_s)?;
-    let nbf_ms = claims.nbf_s.map(|nbf| millis("nbf", nbf)).transpose()?;
-    let iat_ms = claims.iat_s.map(|iat| millis("iat", iat)).transpose()?;
+    let exp_ms = millis("exp", dates.exp_s)?;
+    let nbf_ms = dates.nbf_s.map(|nbf| millis("nbf", nbf)).transpose()?;
+    let iat_ms = dates.iat_s.map(|iat| millis("iat", iat)).transpose()?;
     if now_ms >= exp_ms + LEEWAY_MS {
         return refuse("the token has expired");
     }

@@ -82,7 +82,7 @@ impl Replicas {
             .unwrap()
     }
 
-    fn verify(&self, replica: usize, token: &str) -> wharfinger::error::Result<Principal> {
+    fn verify(&self, replica: usize, token: &str) -> wharfinger::error::Result<Arc<Principal>> {
         self.apps[replica].services.papers.verify_token(token, self.now_ms())
     }
 

@@ -95,7 +95,7 @@ fn papers(keys: &str) -> Papers {
 }
 
 #[track_caller]
-fn accepted(papers: &Papers, token: &str) -> Principal {
+fn accepted(papers: &Papers, token: &str) -> Arc<Principal> {
     papers.verify_token(token, NOW_MS).unwrap()
 }
 

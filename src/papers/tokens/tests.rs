@@ -11,6 +11,7 @@ use super::super::issuers::IssuerSettings;
 use super::super::issuers::tests::{secret_of, settings};
 use super::super::secret::tests::{root, write};
 use super::*;
+use crate::model::ClosedRun;
 
 const NOW_S: i64 = 1_800_000_000;
 const NOW_MS: i64 = NOW_S * 1000;
@@ -56,9 +57,8 @@ fn papers() -> Papers {
 
 #[track_caller]
 fn accepted(papers: &Papers, changes: Value) -> Principal {
-    papers
-        .verify_token(&forge_token(HEADER, &claims(changes)), NOW_MS)
-        .unwrap()
+    let caller = papers.verify_token(&forge_token(HEADER, &claims(changes)), NOW_MS);
+    Arc::unwrap_or_clone(caller.unwrap())
 }
 
 #[track_caller]
@@ -296,6 +296,32 @@ fn a_kid_only_chooses_among_known_keys() {
         let header = json!({"alg": "HS256", "kid": kid}).to_string();
         refused(&papers, &forge_token(&header, &claims(json!({}))), "kid");
     }
+}
+
+/// What can change about a token that was good before, one after the other.
+#[test]
+fn a_token_that_comes_again_is_looked_at_again() {
+    let papers = papers();
+    let token = forge_token(HEADER, &claims(json!({"nbf": NOW_S, "repository": "octo/demo"})));
+    let at = |now_ms| match papers.verify_token(&token, now_ms) {
+        Err(Error::Unauthorized(reason)) => reason,
+        other => format!("{other:?}"),
+    };
+    let good = at(NOW_MS);
+    assert!(good.starts_with("Ok(Principal") && at(NOW_MS) == good, "{good}");
+    assert_eq!(at(NOW_MS - LEEWAY_MS - 1), "the token is not valid yet");
+    assert_eq!(at(NOW_MS + 3_600_000 + LEEWAY_MS), "the token has expired");
+    assert_eq!(at(NOW_MS), good);
+    let closed = ClosedRun {
+        issuer: None,
+        repository: "name:octo/demo".to_owned(),
+        run: "run-1".to_owned(),
+        job: None,
+        closed_at_ms: NOW_MS,
+        ends_issued_until_ms: NOW_MS,
+    };
+    papers.close_runs([closed], NOW_MS);
+    assert_eq!(at(NOW_MS), "the token's run or job was closed");
 }
 
 /// B008.
