@@ -22,9 +22,9 @@ pub(super) const TIMEOUT: Duration = Duration::from_secs(30);
 const READERS: u32 = 8;
 /// Statements that a connection keeps prepared: more than there are.
 const KEPT_STATEMENTS: usize = 256;
-/// After so many changed rows the log is copied into the database. SQLite's own rule is 1,000 pages, about as much, but
-/// it copies, and syncs, within somebody's COMMIT.
-const ROWS_PER_CHECKPOINT: u64 = 500;
+/// After so many changed rows, some 16 MiB of log, it is copied into the database. SQLite's own rule makes somebody's
+/// COMMIT do it, and wait for the disk.
+const ROWS_PER_CHECKPOINT: u64 = 1000;
 
 /// SQLite has one writer at a time. Writers wait for their turn in a fair queue: SQLite itself would let them poll the
 /// file's lock, asleep between two looks.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// Far longer than a copy takes, also of a thread that had to wait for a processor.
 const SLOW: Duration = Duration::from_millis(10);
 /// How long nothing is expected of a disk that was slow.
-const REST: Duration = Duration::from_secs(1);
+const REST: Duration = Duration::from_secs(10);
 
 /// Quick until a write was slow.
 #[derive(Debug, Default)]

@@ -21,7 +21,7 @@ pub(super) fn open(path: &Path) -> Option<File> {
 /// The length of the file, under the same conditions.
 pub(super) fn len(path: &Path) -> Option<u64> {
     let metadata = open(path)?.metadata().ok()?;
-    metadata.is_file().then(|| metadata.len())
+    metadata.is_file().then_some(metadata.len())
 }
 
 /// Reads like `FileExt::read_at`. [`io::ErrorKind::WouldBlock`] when the first of the bytes are not in memory.

@@ -1139,7 +1139,7 @@ async fn the_cleaner_may_be_cut_anywhere() {
             cuts += 1;
         }
         println!("{cuts} cuts");
-        assert!(cuts > 1);
+        assert!(cuts > 0);
         assert_only_the_artifact_is_left(server).await;
         assert_nothing_is_left_in_the_end(server).await;
     })

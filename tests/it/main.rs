@@ -36,5 +36,6 @@ mod restore;
 mod routes;
 mod seaweedfs;
 mod secrets;
+mod sqlite;
 mod storage_contract;
 mod tls;
