@@ -130,6 +130,24 @@ impl Pool {
         })
     }
 
+    /// Copies the log beside the writers, and in a turn of its own what they added meanwhile. Without that turn the log
+    /// would never be empty while somebody writes, and would grow for ever.
+    async fn checkpoint(self: Arc<Self>) {
+        let copy = |connection: &Connection| {
+            connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))?;
+            Ok::<_, SqlError>(())
+        };
+        let copied = async {
+            let pool = Arc::clone(&self);
+            blocking(move || copy(&pool.connect()?)).await??;
+            let lent = self.lend().await?;
+            Ok::<_, Error>(blocking(move || copy(lent.connection()?)).await??)
+        };
+        if let Err(error) = copied.await {
+            tracing::warn!(%error, "the database's log was not copied; it is tried again");
+        }
+    }
+
     fn connect(&self) -> std::result::Result<Connection, SqlError> {
         let connection = Connection::open(&self.file)?;
         connection.busy_timeout(TIMEOUT)?;
@@ -215,22 +233,13 @@ impl Lent {
         Ok(())
     }
 
-    /// Copies the log into the database once it is long. No writer comes in between, or the log would never be empty and
-    /// would grow; nobody waits for it but them.
+    /// Gives the turn back, and has the log copied into the database once it is long.
     fn checkpoint_if_due(self) -> std::result::Result<(), SqlError> {
         let changed = self.connection()?.total_changes() - self.changed_rows;
         let changed_before = self.pool.changed_rows.fetch_add(changed, Ordering::Relaxed);
         if changed_before + changed >= ROWS_PER_CHECKPOINT {
             self.pool.changed_rows.store(0, Ordering::Relaxed);
-            spawn_blocking(move || {
-                let copied = self.connection().and_then(|connection| {
-                    connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))?;
-                    Ok(())
-                });
-                if let Err(error) = copied {
-                    tracing::warn!(%error, "the database's log was not copied; it is tried again");
-                }
-            });
+            tokio::spawn(Arc::clone(&self.pool).checkpoint());
         }
         Ok(())
     }
