@@ -28,7 +28,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -75,6 +75,9 @@ impl Settings {
 const MAX_BUFFER_BYTES: usize = 128 * 1024;
 /// A request's head. Clients of the first cache protocol send ten keys of 512 characters, percent-encoded.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
+/// How long a connection that is new when the server stops may wait for its first request: its client is about to send
+/// one, and hyper would close it at once.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
 /// After an error of accept (too few file descriptors) the loop waits before it tries again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -198,6 +201,15 @@ impl Served {
             stop,
         } = self;
         let busy = Busy::default();
+        let asked = Arc::new(Notify::new());
+        let stopped = {
+            let asked = Arc::clone(&asked);
+            async move {
+                stop.cancelled().await;
+                // Over at once if anything was ever asked here.
+                let _ = tokio::time::timeout(FIRST_REQUEST, asked.notified()).await;
+            }
+        };
         let socket = Socket::new(stream, Arc::clone(&busy), settings.head_timeout, settings.patience());
         let router = TowerToHyperService::new(router);
         let trusted_proxies = settings.trusted_proxies;
@@ -205,6 +217,7 @@ impl Served {
             let client = Client::of(peer, request.headers(), &trusted_proxies);
             request.extensions_mut().insert(client);
             busy.fetch_add(1, Ordering::Relaxed);
+            asked.notify_one();
             let (reply, busy, places) = (router.call(request), Arc::clone(&busy), Arc::clone(&places));
             async move {
                 let mut reply = reply.await?.map(|body| Reply { body, busy });
@@ -226,7 +239,7 @@ impl Served {
         let mut connection = std::pin::pin!(connection);
         let outcome = tokio::select! {
             outcome = connection.as_mut() => outcome,
-            () = stop.cancelled() => {
+            () = stopped => {
                 // Ends after the request under way, or at once on an idle connection.
                 connection.as_mut().graceful_shutdown();
                 connection.await

@@ -82,7 +82,7 @@ async fn a_restart_under_load_fails_no_client() {
         })
     });
     // What one client does in a row, each request on a connection of its own.
-    let job = server.job();
+    let job = server.job().keeping_no_connections();
     let in_a_row = {
         let stop = Arc::clone(&stop);
         tokio::spawn(async move {

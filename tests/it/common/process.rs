@@ -334,6 +334,13 @@ impl RemoteJob {
         self.done("FinalizeArtifact", fields).await;
     }
 
+    /// The same, with a connection for each request: one that is kept may be closed, by a server that stops, at the
+    /// moment at which the next request is sent on it.
+    pub fn keeping_no_connections(self) -> Self {
+        let http = reqwest::Client::builder().pool_max_idle_per_host(0).build().unwrap();
+        Self { http, ..self }
+    }
+
     /// PUTs a body to a link, one way or another. Returns the status, if the server lived to answer.
     pub async fn put(&self, link: &str, size_bytes: usize, body: impl Into<reqwest::Body>) -> reqwest::Result<u16> {
         let put = self.http.put(link).header("x-ms-blob-type", "BlockBlob");
