@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use listenfd::ListenFd;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
@@ -132,6 +132,11 @@ impl App {
         let (public, internal) = listeners(&config).await?;
         // Port 0 lets the system choose; links need to know.
         config.listen = public.local_addr()?;
+        ensure!(
+            config.links_lead_somewhere(),
+            "the socket handed over listens on {}, which links can't carry: set public_url to the origin that clients reach the server by",
+            config.listen
+        );
         let services = open(&config, clock).await?;
         let connections = api::serve::connections_by_descriptors();
         if connections < config.server.max_connections {

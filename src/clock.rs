@@ -1,6 +1,6 @@
 //! The time as a value, so that every expiry can be tested without waiting.
 //!
-//! Passed to whoever asks for the time; nothing else in the product reads the system clock.
+//! Passed to whoever asks for the time; only `wharfinger doctor`, which compares two clocks, reads the system's itself.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};

@@ -141,6 +141,11 @@ impl Config {
             .unwrap_or_else(|| format!("{scheme}://{}", self.listen))
     }
 
+    /// Whether a client can use links that begin with [`Config::public_origin`]: "all addresses" is none.
+    pub fn links_lead_somewhere(&self) -> bool {
+        self.public_url.is_some() || !self.listen.ip().is_unspecified()
+    }
+
     /// Whether anything lies in the data directory.
     pub fn uses_data_dir(&self) -> bool {
         self.database.is_embedded() || self.storage.url.is_empty()
@@ -162,16 +167,12 @@ impl Config {
     }
 
     fn check_addresses(&self) -> Result<(), Complaint> {
-        require(
-            self.public_url.is_some() || !self.listen.ip().is_unspecified(),
-            "public_url",
-            || {
-                format!(
-                    "links can't carry the address {}: set public_url to the origin that clients reach the server by",
-                    self.listen
-                )
-            },
-        )?;
+        require(self.links_lead_somewhere(), "public_url", || {
+            format!(
+                "links can't carry the address {}: set public_url to the origin that clients reach the server by",
+                self.listen
+            )
+        })?;
         require(
             self.listen != self.internal_listen || self.listen.port() == 0,
             "internal_listen",

@@ -1,7 +1,8 @@
 //! Everything that knows HTTP. This page is the whole URL map.
 //!
 //! `app` serves what [`public`] and [`internal`] return. Every route is declared with who may call it and how large a
-//! body it takes, and that declaration is what guards it; handlers call `service/` and never the database or the store.
+//! body it takes, and that declaration is what guards it; handlers call `service/` and never the database or the store;
+//! only `ops.rs` asks both how they are.
 
 mod artifacts_v3;
 mod artifacts_v4;

@@ -28,6 +28,8 @@ pub struct Socket<S> {
     head: Option<Pin<Box<Sleep>>>,
     patience: Patience,
     stalled: Option<Stalled>,
+    /// Taken by the stream and perhaps not by the client yet: TLS keeps some, and gives it away when it is flushed.
+    unflushed: usize,
 }
 
 /// The client takes no more of a reply.
@@ -45,11 +47,28 @@ impl<S> Socket<S> {
             head: Some(Box::pin(sleep(head_timeout))),
             patience,
             stalled: None,
+            unflushed: 0,
         }
     }
 
     /// What a write came to, unless the client's time is up.
     fn written(&mut self, cx: &mut Context<'_>, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(bytes)) = &outcome {
+            self.unflushed = self.unflushed.saturating_add(*bytes);
+        }
+        self.passed(cx, outcome)
+    }
+
+    /// What a flush came to, unless the client's time is up.
+    fn flushed(&mut self, cx: &mut Context<'_>, outcome: Poll<io::Result<()>>) -> Poll<io::Result<()>> {
+        let unflushed = self.unflushed;
+        ready!(self.passed(cx, outcome.map_ok(|()| unflushed)))?;
+        self.unflushed = 0;
+        Poll::Ready(Ok(()))
+    }
+
+    /// How many bytes went on, unless the client's time is up.
+    fn passed(&mut self, cx: &mut Context<'_>, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match &outcome {
             Poll::Pending => {
                 let left = self.patience.left();
@@ -118,10 +137,12 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let outcome = Pin::new(&mut self.stream).poll_flush(cx);
+        self.flushed(cx, outcome)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        let outcome = Pin::new(&mut self.stream).poll_shutdown(cx);
+        self.flushed(cx, outcome)
     }
 }

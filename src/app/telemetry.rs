@@ -8,6 +8,8 @@ use std::time::Duration;
 use metrics::{describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
+use crate::storage::KINDS_OF_DAMAGE;
+
 /// Upper bounds of the request duration histogram, in seconds: from a list of names to an hour's upload.
 const DURATION_BUCKETS: [f64; 12] = [0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0, 3600.0];
 /// How often the recorder folds what it has gathered.
@@ -104,6 +106,9 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
     );
     for name in FROM_ZERO {
         metrics::counter!(name).absolute(0);
+    }
+    for kind in KINDS_OF_DAMAGE {
+        metrics::counter!("wharfinger_storage_damage_total", "kind" => kind).absolute(0);
     }
     Ok(handle)
 }

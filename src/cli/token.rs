@@ -1,5 +1,5 @@
 //! `wharfinger token`: prints runtime tokens for jobs; makes, lists and revokes API tokens for people and automation.
-//! Needs only the configuration, the root secret and the database, so it runs beside a server.
+//! Runs beside a server: minting needs the configuration and the root secret, the rest opens database and store.
 
 use std::io::{self, Write as _};
 use std::time::Duration;

@@ -1,6 +1,6 @@
 //! Artifacts: names within a workflow run, each pointing at a blob.
 //!
-//! Called by `service/artifacts.rs`. Every look-up carries the whole key of the run. Locks are taken artifact first,
+//! Called by `service/artifacts.rs` and `service/repositories.rs`. Every look-up carries the whole key of the run. Locks are taken artifact first,
 //! blob second, here and wherever both are touched, so that no two transactions wait for each other.
 
 use uuid::Uuid;
@@ -108,9 +108,7 @@ macro_rules! over_limit {
         let (principal, mut over) = ($new.principal, None);
         if let Some(limit) = $new.max_per_job {
             let count: i64 = query($crate::db::artifacts::COUNT_OF_JOB)
-                .bind(&principal.run.issuer)
-                .bind(&principal.run.repository)
-                .bind(&principal.run.run_backend_id)
+                .bind_run(&principal.run)
                 .bind(principal.run_attempt)
                 .bind(&principal.job_backend_id)
                 .fetch_one($tx)
@@ -121,9 +119,7 @@ macro_rules! over_limit {
         }
         if let Some(limit) = $new.max_pending_per_run {
             let count: i64 = query($crate::db::artifacts::COUNT_PENDING_OF_RUN)
-                .bind(&principal.run.issuer)
-                .bind(&principal.run.repository)
-                .bind(&principal.run.run_backend_id)
+                .bind_run(&principal.run)
                 .fetch_one($tx)
                 .await?;
             if count > limit {
@@ -206,9 +202,7 @@ impl Db {
             refused = None;
             type There = (i64, String, Uuid, Option<Uuid>, i64);
             let there: Option<There> = query(LOCK_NAME)
-                .bind(&run.issuer)
-                .bind(&run.repository)
-                .bind(&run.run_backend_id)
+                .bind_run(run)
                 .bind(name)
                 .bind(principal.run_attempt)
                 .fetch_optional(tx)
@@ -258,9 +252,7 @@ impl Db {
                     == 1
             } else {
                 let id: Option<i64> = query(INSERT_ARTIFACT)
-                    .bind(&run.issuer)
-                    .bind(&run.repository)
-                    .bind(&run.run_backend_id)
+                    .bind_run(run)
                     .bind(name)
                     .bind(principal.run_attempt)
                     .bind(&principal.job_backend_id)
@@ -304,9 +296,7 @@ impl Db {
                  WHERE a.issuer = $1 AND a.repository = $2 AND a.run_backend_id = $3 AND a.name = $4
                      AND a.run_attempt = $5 AND a.expires_at_ms > $6",
             )
-            .bind(&run.issuer)
-            .bind(&run.repository)
-            .bind(&run.run_backend_id)
+            .bind_run(run)
             .bind(name)
             .bind(principal.run_attempt)
             .bind(now_ms)
@@ -432,9 +422,7 @@ impl Db {
                  WHERE issuer = $1 AND repository = $2 AND run_backend_id = $3 AND name = $4 AND run_attempt = $5
                      AND state = 'finalized' AND expires_at_ms > $6",
             )
-            .bind(&run.issuer)
-            .bind(&run.repository)
-            .bind(&run.run_backend_id)
+            .bind_run(run)
             .bind(name)
             .bind(principal.run_attempt)
             .bind(now_ms)
@@ -465,12 +453,7 @@ impl Db {
         };
         let run = &principal.run;
         let rows = on!(self, Reading, |conn| {
-            let mut query = query(text)
-                .bind(&run.issuer)
-                .bind(&run.repository)
-                .bind(&run.run_backend_id)
-                .bind(principal.run_attempt)
-                .bind(now_ms);
+            let mut query = query(text).bind_run(run).bind(principal.run_attempt).bind(now_ms);
             if !is_first {
                 query = query.bind(&principal.job_backend_id);
             }

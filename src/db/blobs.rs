@@ -16,6 +16,9 @@ use crate::model::{BlobId, BlobKind, BlobState, Block, Sha256};
 /// Rows per statement when a block list is written: seven parameters each, below SQLite's limit of 32,766.
 pub(super) const ROWS_PER_INSERT: usize = 4_000;
 
+/// How many blocks a blob may have, placed and not. Source: Azure's limits, 50,000 committed and 100,000 uncommitted ones.
+const MAX_BLOCKS: usize = 150_000;
+
 /// Locks a blob that is still open and gives it content: blob, size, type, time. The first statement of whoever does so.
 const GIVE_CONTENT: &str = "UPDATE blobs
     SET state = 'committed', revision = revision + 1, size_bytes = $2, content_type = $3, changed_at_ms = $4
@@ -312,20 +315,27 @@ impl Db {
     /// # Errors
     /// [`Error::UnknownBlock`] if the list names a block that has no row.
     pub async fn listed_blocks(&self, blob: BlobId, list: &[ListEntry]) -> Result<Vec<StagedBlock>> {
-        arrange(&self.all_blocks(blob).await?, list)
+        arrange(&self.all_blocks(blob, list.len()).await?, list)
     }
 
-    /// Every block of the blob that has a row, listed or not.
-    pub async fn all_blocks(&self, blob: BlobId) -> Result<Vec<StagedBlock>> {
+    /// Every block of the blob that has a row, listed or not. There are `about` so many.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if there are more than any blob may have.
+    pub async fn all_blocks(&self, blob: BlobId, about: usize) -> Result<Vec<StagedBlock>> {
         let rows: Vec<BlockRow> = on!(self, Reading, |conn| {
             query(
                 "SELECT block_id, object_key, object_offset, size_bytes, crc64, start_offset
-                 FROM blocks WHERE blob_id = $1 ORDER BY start_offset",
+                 FROM blocks WHERE blob_id = $1 ORDER BY start_offset LIMIT 150001",
             )
             .bind(blob.0)
+            .rows(about)
             .fetch_all(conn)
             .await?
         });
+        if rows.len() > MAX_BLOCKS {
+            return Err(Error::TooLarge(format!("a blob may have at most {MAX_BLOCKS} blocks")));
+        }
         rows.into_iter().map(staged_block).collect()
     }
 
@@ -363,6 +373,7 @@ impl Db {
                      RETURNING block_id, object_key, object_offset, size_bytes, crc64, start_offset",
                 )
                 .bind(blob.0)
+                .rows(list.len())
                 .fetch_all(tx)
                 .await?;
                 let mut rows = rows.into_iter().map(staged_block).collect::<Result<Vec<_>>>()?;
@@ -387,6 +398,7 @@ impl Db {
                         query("INSERT INTO garbage (object_key, blob_id, created_at_ms) ")
                             .push_values(page, |key| [key.as_str().into(), blob.0.into(), now_ms.into()])
                             .push(" ON CONFLICT (object_key) DO NOTHING")
+                            .rows(page.len())
                             .execute(tx)
                             .await?;
                     }
@@ -402,6 +414,7 @@ impl Db {
                             start_offset += placed.block.size_bytes.cast_signed();
                             placement(blob, &placed.block_id, &placed.block, start)
                         })
+                        .rows(page.len())
                         .execute(tx)
                         .await?;
                     }
@@ -422,7 +435,7 @@ impl Db {
         }
         match self.writable_blob(blob).await? {
             Some(WritableBlob::Sealed) => {
-                let content = self.all_blocks(blob).await?;
+                let content = self.all_blocks(blob, list.len()).await?;
                 let placed = content
                     .iter()
                     .filter(|row| row.start_offset.is_some())
@@ -442,7 +455,7 @@ impl Db {
 
     /// Whether these blocks are the blob's content, as a list would leave it. Of no blocks nobody can tell.
     async fn has_content(&self, blob: BlobId, blocks: &[StagedBlock]) -> Result<bool> {
-        let rows = self.all_blocks(blob).await?;
+        let rows = self.all_blocks(blob, blocks.len()).await?;
         let content = rows.iter().filter(|row| row.start_offset.is_some());
         let content = content.map(|row| &row.block);
         Ok(!blocks.is_empty() && content.eq(blocks.iter().map(|row| &row.block)))

@@ -1,12 +1,12 @@
 //! What the cleaner asks of the database: what is due, and to forget what is gone.
 //!
-//! Called by `service/cleaner.rs` only. Every step is safe to repeat and safe beside another cleaner. What the cleaner
+//! Called by `service/cleaner.rs`; the two counts at the end by `api/ops.rs`. Every step is safe to repeat and safe beside another cleaner. What the cleaner
 //! would find again after a power cut is not waited for.
 
 use uuid::Uuid;
 
 use super::blobs::{BURY, FORGET_UNLISTED, UNLISTED_TO_GARBAGE};
-use super::sql::query;
+use super::sql::{ALL_OF_A_TABLE, query};
 use super::{Db, object_key, on, transaction};
 use crate::error::Result;
 use crate::model::{BlobId, ObjectKey};
@@ -256,6 +256,7 @@ impl Db {
     pub async fn blob_counts(&self) -> Result<Vec<(String, i64)>> {
         Ok(on!(self, Reading, |conn| {
             query("SELECT state, CAST(count(*) AS BIGINT) FROM blobs GROUP BY state")
+                .rows(ALL_OF_A_TABLE)
                 .fetch_all(conn)
                 .await?
         }))

@@ -1,6 +1,6 @@
 //! What papers are checked against: signing keys, API tokens, closed runs.
 //!
-//! Called by `service/credentials.rs` and `service/cleaner.rs`. Knows no secret: of an API token only a hash comes here,
+//! Called by `service/credentials.rs`, `service/cleaner.rs` and `app`. Knows no secret: of an API token only a hash comes here,
 //! of a signing key only its id.
 
 use super::sql::query;

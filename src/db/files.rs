@@ -269,9 +269,7 @@ impl Db {
             refused = None;
             type There = (i64, String, Uuid, Option<Uuid>, i64);
             let there: Option<There> = query(LOCK_NAME)
-                .bind(&run.issuer)
-                .bind(&run.repository)
-                .bind(&run.run_backend_id)
+                .bind_run(run)
                 .bind(name)
                 .bind(principal.run_attempt)
                 .fetch_optional(tx)
@@ -322,9 +320,7 @@ impl Db {
                 .execute(tx)
                 .await?;
                 opened = query(INSERT_ARTIFACT)
-                    .bind(&run.issuer)
-                    .bind(&run.repository)
-                    .bind(&run.run_backend_id)
+                    .bind_run(run)
                     .bind(name)
                     .bind(principal.run_attempt)
                     .bind(&principal.job_backend_id)
@@ -363,9 +359,7 @@ impl Db {
                      AND a.run_attempt <= $5 AND a.expires_at_ms > $6",
             )
             .bind(id.0)
-            .bind(&run.issuer)
-            .bind(&run.repository)
-            .bind(&run.run_backend_id)
+            .bind_run(run)
             .bind(principal.run_attempt)
             .bind(now_ms)
             .fetch_optional(conn)

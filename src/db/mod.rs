@@ -56,7 +56,7 @@ macro_rules! on {
         let mut session = $db.session($crate::db::Lane::$lane).await?;
         let $session = &mut session;
         let value = $body;
-        session.done().await?;
+        session.end(Some(())).await?;
         value
     }};
 }

@@ -54,9 +54,7 @@ impl Db {
                  WHERE a.issuer = $1 AND a.repository = $2 AND a.run_backend_id = $3 AND a.name = $4
                      AND a.run_attempt = $5 AND a.expires_at_ms > $6 AND a.state <> 'lost'",
             )
-            .bind(&run.issuer)
-            .bind(&run.repository)
-            .bind(&run.run_backend_id)
+            .bind_run(run)
             .bind(name)
             .bind(principal.run_attempt)
             .bind(now_ms)

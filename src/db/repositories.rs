@@ -6,7 +6,7 @@
 use uuid::Uuid;
 
 use super::blobs::digest;
-use super::sql::query;
+use super::sql::{ALL_OF_A_TABLE, query};
 use super::{Db, on, unsigned};
 use crate::error::Result;
 use crate::model::{ApiToken, ArtifactId, BlobId, Repositories, Sha256};
@@ -154,6 +154,7 @@ macro_rules! bound {
             .bind($now_ms)
             .bind($filter.name)
             .bind($filter.id.map(|id| id.0).or($filter.run_id).unwrap_or(0))
+            .rows(ALL_OF_A_TABLE)
     };
 }
 
@@ -305,7 +306,11 @@ impl Db {
     /// What each repository takes, the largest first. Reads every artifact's row.
     pub async fn usage(&self, now_ms: i64) -> Result<Vec<Usage>> {
         let rows: Vec<UsageRow> = on!(self, Reading, |conn| {
-            query(used!("", "")).bind(now_ms).fetch_all(conn).await?
+            query(used!("", ""))
+                .bind(now_ms)
+                .rows(ALL_OF_A_TABLE)
+                .fetch_all(conn)
+                .await?
         });
         rows.into_iter().map(usage).collect()
     }
@@ -327,6 +332,7 @@ impl Db {
             .bind(&view.name)
             .bind(&view.issuer)
             .bind(&view.keys)
+            .rows(ALL_OF_A_TABLE)
             .fetch_all(conn)
             .await?
         });

@@ -11,7 +11,7 @@ use super::sqlite::Lent;
 use super::{Db, Failure, postgres_code};
 use crate::error::{Error, Result};
 
-/// What a method does, which decides on the SQLite connection that it is lent.
+/// What a method does, which decides on the SQLite connection that it is lent and on what its COMMIT waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane {
     /// Reads. Never waits for who writes.
@@ -68,18 +68,10 @@ impl Session {
         }
     }
 
-    /// Keeps what the statement did.
-    pub(super) async fn done(self) -> Result<()> {
-        match self {
-            Self::Postgres(_) => Ok(()),
-            Self::PostgresTransaction(transaction) => Ok(transaction.commit().await?),
-            Self::Sqlite(lent) => lent.commit().await,
-        }
-    }
-
-    /// Commits, or rolls back if there is nothing to keep.
+    /// Commits, or rolls back if there is nothing to keep. A single statement on Postgres commits itself.
     pub(super) async fn end<T>(self, value: Option<T>) -> std::result::Result<Option<T>, Failure> {
         match self {
+            Self::Postgres(_) => {}
             Self::PostgresTransaction(transaction) if value.is_none() => transaction.rollback().await?,
             Self::PostgresTransaction(transaction) => {
                 if let Err(error) = transaction.commit().await {
@@ -93,7 +85,7 @@ impl Session {
                 }
             }
             Self::Sqlite(_) if value.is_none() => {}
-            session => session.done().await?,
+            Self::Sqlite(lent) => lent.commit().await?,
         }
         Ok(value)
     }

@@ -2,8 +2,8 @@
 //!
 //! Everybody on this floor writes statements with [`query`]: one text for both databases, with `$1` to `$n` for its
 //! values. Postgres is asked through sqlx. SQLite is asked on the thread that runs the task: it answers from memory
-//! within microseconds, which is less than it takes to hand the question to another thread. Never begins or ends a
-//! transaction.
+//! within microseconds, which is less than it takes to hand the question to another thread. Where it will take longer,
+//! whoever asks says so, and the thread's other tasks go elsewhere. Never begins or ends a transaction.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -12,9 +12,12 @@ use rusqlite::types::{FromSql, ToSqlOutput, ValueRef};
 use rusqlite::{Statement, ToSql};
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::{AssertSqlSafe, Postgres, Row as _};
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::task::block_in_place;
 use uuid::Uuid;
 
 use super::session::Session;
+use crate::model::RunKey;
 
 /// What a database said to a statement.
 #[derive(Debug)]
@@ -46,8 +49,12 @@ impl From<rusqlite::Error> for SqlError {
 
 type Result<T> = std::result::Result<T, SqlError>;
 
-/// A longer text was made for many rows: SQLite does not keep it prepared.
+/// A longer text was made for many rows: no database keeps it prepared.
 const MAX_KEPT_TEXT_BYTES: usize = 8 * 1024;
+/// SQLite takes less than a millisecond for so many.
+const QUICK_ROWS: usize = 500;
+/// What goes through rows without knowing how many there are, for [`Query::rows`].
+pub const ALL_OF_A_TABLE: usize = usize::MAX;
 
 /// One value of a statement. `None` is NULL; Postgres wants to know of what type.
 #[derive(Clone, Debug)]
@@ -204,6 +211,8 @@ pub(in crate::db) use row_struct;
 pub struct Query<'q> {
     text: Cow<'static, str>,
     values: Vec<Value<'q>>,
+    /// About how many rows it goes through.
+    rows: usize,
 }
 
 /// A statement that is written out in the program.
@@ -211,6 +220,7 @@ pub fn query<'q>(text: &'static str) -> Query<'q> {
     Query {
         text: Cow::Borrowed(text),
         values: Vec::new(),
+        rows: 1,
     }
 }
 
@@ -219,6 +229,11 @@ impl<'q> Query<'q> {
     pub fn bind(mut self, value: impl Into<Value<'q>>) -> Self {
         self.values.push(value.into());
         self
+    }
+
+    /// Gives the next three of them the key of a run.
+    pub fn bind_run(self, run: &'q RunKey) -> Self {
+        self.bind(&run.issuer).bind(&run.repository).bind(&run.run_backend_id)
     }
 
     /// Adds to the text.
@@ -250,6 +265,12 @@ impl<'q> Query<'q> {
             }
             self = self.push(")");
         }
+        self
+    }
+
+    /// Says about how many rows it goes through, where they may be many.
+    pub fn rows(mut self, about: usize) -> Self {
+        self.rows = about;
         self
     }
 
@@ -299,10 +320,12 @@ impl<'q> Query<'q> {
     }
 
     fn for_postgres(self) -> sqlx::query::Query<'q, Postgres, PgArguments> {
+        let keep = self.is_kept();
         let query = match self.text {
             Cow::Borrowed(text) => sqlx::query(text),
             Cow::Owned(text) => sqlx::query(AssertSqlSafe(text)),
         };
+        let query = query.persistent(keep);
         self.values.into_iter().fold(query, |query, value| match value {
             Value::Small(value) => query.bind(value),
             Value::Integer(value) => query.bind(value),
@@ -312,20 +335,34 @@ impl<'q> Query<'q> {
         })
     }
 
+    /// Whether it stays prepared for the next time.
+    fn is_kept(&self) -> bool {
+        self.text.len() <= MAX_KEPT_TEXT_BYTES
+    }
+
     fn prepared<T>(
         &self,
         connection: Result<&rusqlite::Connection>,
         ask: impl FnOnce(&mut Statement<'_>) -> Result<T>,
     ) -> Result<T> {
         let connection = connection?;
-        if self.text.len() > MAX_KEPT_TEXT_BYTES {
-            let mut statement = connection.prepare(&self.text)?;
-            self.bind_all(&mut statement)?;
-            return ask(&mut statement);
+        let ask = || {
+            if self.is_kept() {
+                let mut statement = connection.prepare_cached(&self.text)?;
+                self.bind_all(&mut statement)?;
+                ask(&mut statement)
+            } else {
+                let mut statement = connection.prepare(&self.text)?;
+                self.bind_all(&mut statement)?;
+                ask(&mut statement)
+            }
+        };
+        let flavor = Handle::try_current().map(|runtime| runtime.runtime_flavor());
+        if self.rows > QUICK_ROWS && flavor.is_ok_and(|flavor| flavor == RuntimeFlavor::MultiThread) {
+            block_in_place(ask)
+        } else {
+            ask()
         }
-        let mut statement = connection.prepare_cached(&self.text)?;
-        self.bind_all(&mut statement)?;
-        ask(&mut statement)
     }
 
     /// To SQLite `$2` is a name and not a number.

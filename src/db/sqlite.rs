@@ -1,10 +1,10 @@
-//! SQLite's connections: some that read, and two that write, one of them at a time.
+//! SQLite's connections: some that read, and one that writes.
 //!
-//! Lent to `session.rs`. Statements run on the thread of whoever asks: they take microseconds. What may wait for the disk
-//! or for another process does not: opening a connection, committing what is synced, copying the log into the database.
+//! Lent to `session.rs`. Statements run on the thread of whoever asks (`sql.rs` says why). What may wait for the disk or
+//! for another process does not: opening a connection, committing what is synced, copying the log into the database.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -27,55 +27,60 @@ const KEPT_STATEMENTS: usize = 256;
 const ROWS_PER_CHECKPOINT: u64 = 1000;
 
 /// SQLite has one writer at a time. Writers wait for their turn in a fair queue: SQLite itself would let them poll the
-/// file's lock, asleep between two looks.
+/// file's lock, asleep between two looks. They share a connection, because one forgets its pages when another has
+/// written.
 #[derive(Clone, Debug)]
 pub struct Sqlite {
     readers: Arc<Pool>,
-    /// `synchronous=FULL`: what it commits survives a power cut, and so does all that was committed before.
-    durable: Arc<Pool>,
-    /// `synchronous=NORMAL`: what it commits survives the process.
-    staging: Arc<Pool>,
+    writer: Arc<Pool>,
+    /// What `Durable` commits survives a power cut, and so does all that was committed before.
+    synced: bool,
 }
 
 /// Connections of one kind.
 #[derive(Debug)]
 struct Pool {
     file: Arc<Path>,
-    lane: Lane,
-    /// Each COMMIT waits for the disk.
-    synced: bool,
-    idle: Mutex<Vec<Connection>>,
-    /// As many as may be lent at once; the two writers share one.
+    writes: bool,
+    idle: Mutex<Vec<Kept>>,
+    /// As many as may be lent at once.
     places: Arc<Semaphore>,
-    /// Rows that writers changed since the log was last copied.
-    changed_rows: Arc<AtomicU64>,
+    /// Rows that were changed since the log was last copied.
+    changed_rows: AtomicU64,
+    /// The next COMMIT may begin the log anew, and then syncs its head.
+    log_restarts: AtomicBool,
+}
+
+/// A connection that is kept.
+#[derive(Debug)]
+struct Kept {
+    connection: Connection,
+    /// `synchronous=FULL`: its COMMIT waits for the disk. Otherwise `NORMAL`: what it commits survives the process.
+    syncs: bool,
 }
 
 impl Sqlite {
     /// Opens one connection of each kind. Without `synced`, what `Durable` commits survives the process only.
     pub(super) fn open(file: &Path, synced: bool) -> std::result::Result<Self, SqlError> {
-        let (file, changed_rows): (Arc<Path>, _) = (file.into(), Arc::default());
-        let turn = Arc::new(Semaphore::new(1));
-        let pool = |lane, synced, places: &Arc<Semaphore>| {
-            Arc::new(Pool {
+        let file: Arc<Path> = file.into();
+        let pool = |writes, places: u32| {
+            let pool = Pool {
                 file: Arc::clone(&file),
-                lane,
-                synced,
+                writes,
                 idle: Mutex::default(),
-                places: Arc::clone(places),
-                changed_rows: Arc::clone(&changed_rows),
-            })
+                places: Arc::new(Semaphore::new(places as usize)),
+                changed_rows: AtomicU64::new(0),
+                log_restarts: AtomicBool::new(true),
+            };
+            let first = pool.connect()?;
+            pool.idle().push(first);
+            Ok::<_, SqlError>(Arc::new(pool))
         };
-        let sqlite = Self {
-            durable: pool(Lane::Durable, synced, &turn),
-            staging: pool(Lane::Staging, false, &turn),
-            readers: pool(Lane::Reading, false, &Arc::new(Semaphore::new(READERS as usize))),
-        };
-        for pool in [&sqlite.durable, &sqlite.staging, &sqlite.readers] {
-            let connection = pool.connect()?;
-            pool.idle().push(connection);
-        }
-        Ok(sqlite)
+        Ok(Self {
+            writer: pool(true, 1)?,
+            readers: pool(false, READERS)?,
+            synced,
+        })
     }
 
     /// Lends a connection; one that writes has begun a transaction. One that began by reading could find the write lock
@@ -83,28 +88,25 @@ impl Sqlite {
     pub async fn lend(&self, lane: Lane) -> Result<Lent> {
         match lane {
             Lane::Reading => self.readers.lend().await,
-            Lane::Durable => self.durable.lend().await?.begin().await,
-            Lane::Staging => self.staging.lend().await?.begin().await,
+            Lane::Durable => self.writer.lend().await?.begin(self.synced).await,
+            Lane::Staging => self.writer.lend().await?.begin(false).await,
         }
     }
 
     pub(super) fn file(&self) -> &Path {
-        &self.durable.file
+        &self.writer.file
     }
 
     /// Waits until all connections are back and closes them. Nobody is lent one afterwards.
     pub(super) async fn close(&self) {
-        for (places, pools) in [(1, vec![&self.staging, &self.durable]), (READERS, vec![&self.readers])] {
-            for pool in pools {
-                let all = pool.places.acquire_many(places).await;
-                let connections = std::mem::take(&mut *pool.idle());
-                // The last one to go copies the log. Whatever it can't tidy up, the next start does.
-                let _ = spawn_blocking(move || drop(connections)).await;
-                drop(all);
-            }
+        for (pool, places) in [(&self.writer, 1), (&self.readers, READERS)] {
+            let all = pool.places.acquire_many(places).await;
+            pool.places.close();
+            let connections = std::mem::take(&mut *pool.idle());
+            // The last one to go copies the log. Whatever it can't tidy up, the next start does.
+            let _ = spawn_blocking(move || drop(connections)).await;
+            drop(all);
         }
-        self.durable.places.close();
-        self.readers.places.close();
     }
 }
 
@@ -115,16 +117,16 @@ impl Pool {
             .map_err(|_| sqlx::Error::PoolTimedOut)?
             .map_err(|_| sqlx::Error::PoolClosed)?;
         let idle = self.idle().pop();
-        let connection = match idle {
-            Some(connection) => connection,
+        let kept = match idle {
+            Some(kept) => kept,
             None => {
                 let pool = Arc::clone(self);
                 blocking(move || pool.connect()).await??
             }
         };
         Ok(Lent {
-            changed_rows: connection.total_changes(),
-            connection: Some(connection),
+            changed_rows: kept.connection.total_changes(),
+            kept: Some(kept),
             pool: Arc::clone(self),
             _place: place,
         })
@@ -139,31 +141,36 @@ impl Pool {
         };
         let copied = async {
             let pool = Arc::clone(&self);
-            blocking(move || copy(&pool.connect()?)).await??;
+            blocking(move || copy(&pool.connect()?.connection)).await??;
             let lent = self.lend().await?;
-            Ok::<_, Error>(blocking(move || copy(lent.connection()?)).await??)
+            let _lent = blocking(move || copy(lent.connection()?).map(|()| lent)).await??;
+            self.log_restarts.store(true, Ordering::Relaxed);
+            Ok::<_, Error>(())
         };
         if let Err(error) = copied.await {
             tracing::warn!(%error, "the database's log was not copied; it is tried again");
         }
     }
 
-    fn connect(&self) -> std::result::Result<Connection, SqlError> {
+    fn connect(&self) -> std::result::Result<Kept, SqlError> {
         let connection = Connection::open(&self.file)?;
         connection.busy_timeout(TIMEOUT)?;
         connection.pragma_update(None, "journal_mode", "wal")?;
-        connection.pragma_update(None, "synchronous", if self.synced { "full" } else { "normal" })?;
+        connection.pragma_update(None, "synchronous", "normal")?;
         connection.pragma_update(None, "foreign_keys", true)?;
         connection.pragma_update(None, "wal_autocheckpoint", 0)?;
         connection.set_prepared_statement_cache_capacity(KEPT_STATEMENTS);
-        if self.lane != Lane::Reading {
+        if self.writes {
             // `Lent::begin` waits elsewhere.
             connection.busy_timeout(Duration::ZERO)?;
         }
-        Ok(connection)
+        Ok(Kept {
+            connection,
+            syncs: false,
+        })
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<Kept>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -179,7 +186,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 #[derive(Debug)]
 pub struct Lent {
     /// There until it is dropped.
-    connection: Option<Connection>,
+    kept: Option<Kept>,
     /// What the connection had changed before.
     changed_rows: u64,
     pool: Arc<Pool>,
@@ -189,8 +196,9 @@ pub struct Lent {
 impl Lent {
     /// The connection itself.
     pub fn connection(&self) -> std::result::Result<&Connection, SqlError> {
-        self.connection
+        self.kept
             .as_ref()
+            .map(|kept| &kept.connection)
             .ok_or(SqlError::Postgres(sqlx::Error::PoolClosed))
     }
 
@@ -200,8 +208,9 @@ impl Lent {
     }
 
     /// Begins a transaction. Only another process, such as a command of the operator's, can make it wait.
-    async fn begin(self) -> Result<Self> {
+    async fn begin(mut self, synced: bool) -> Result<Self> {
         const BEGIN: &str = "BEGIN IMMEDIATE";
+        self.set_syncs(synced)?;
         match self.run(BEGIN) {
             Ok(()) => Ok(self),
             Err(SqlError::Sqlite(error)) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => {
@@ -217,13 +226,25 @@ impl Lent {
         }
     }
 
+    fn set_syncs(&mut self, synced: bool) -> std::result::Result<(), SqlError> {
+        if let Some(kept) = &mut self.kept
+            && kept.syncs != synced
+        {
+            let level = if synced { "full" } else { "normal" };
+            kept.connection.pragma_update(None, "synchronous", level)?;
+            kept.syncs = synced;
+        }
+        Ok(())
+    }
+
     /// Commits what was written, if this is a connection that writes.
     pub(super) async fn commit(self) -> Result<()> {
         const COMMIT: &str = "COMMIT";
-        if self.pool.lane == Lane::Reading {
+        if !self.pool.writes {
             return Ok(());
         }
-        let lent = if self.pool.synced {
+        let syncs = self.kept.as_ref().is_some_and(|kept| kept.syncs);
+        let lent = if self.pool.log_restarts.swap(false, Ordering::Relaxed) || syncs {
             blocking(move || self.run(COMMIT).map(|()| self)).await??
         } else {
             self.run(COMMIT)?;
@@ -247,12 +268,12 @@ impl Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        let Some(connection) = self.connection.take() else {
+        let Some(kept) = self.kept.take() else {
             return;
         };
         // A transaction may be over without having been ended: SQLite rolls back itself when the disk is full.
-        if connection.is_autocommit() || connection.execute_batch("ROLLBACK").is_ok() {
-            self.pool.idle().push(connection);
+        if kept.connection.is_autocommit() || kept.connection.execute_batch("ROLLBACK").is_ok() {
+            self.pool.idle().push(kept);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Who may do what: runtime tokens, minting and signed links.
 //!
-//! Built by `app`, called by `api` and `service` (links) and by `cli` (minting).
+//! Built by `app`, called by `api` (tokens, links, minting), `service` (links) and `cli` (minting).
 //! Knows no HTTP framework, no SQL and no storage. What it keeps in memory (which keys there are, which runs are closed)
 //! is handed in by `service/credentials.rs` and the same on every replica: what one signs, every other one with the same
 //! root secret verifies. Never prints a secret, a token or a signature.

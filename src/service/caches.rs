@@ -277,7 +277,9 @@ impl Services {
         for _ in 0..FINALIZE_TRIES {
             let mut candidate = self.reservation(principal, scope, Reservation::Id(id)).await?;
             if !candidate.finalized {
-                let list = chunk_list(&self.db.all_blocks(candidate.blob).await?, size_bytes)?;
+                // Clients send chunks of 32 MiB.
+                let about = usize::try_from(size_bytes >> 25).unwrap_or(usize::MAX);
+                let list = chunk_list(&self.db.all_blocks(candidate.blob, about).await?, size_bytes)?;
                 self.commit_block_list(candidate.blob, &list, None).await?;
                 failpoint::reach("cache_chunks_listed");
                 candidate = self.reservation(principal, scope, Reservation::Id(id)).await?;

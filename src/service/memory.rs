@@ -1,6 +1,6 @@
 //! How much memory bytes may take on their way through the server, and who waits when it is taken.
 //!
-//! `uploads.rs` and `downloads.rs` take a share before the first byte moves and keep it until the last. A share is what
+//! `uploads.rs`, `files.rs` and `downloads.rs` take a share before the first byte moves and keep it until the last. A share is what
 //! one stream can hold at once, whatever it says of its length; who waits for one holds next to nothing.
 
 use std::sync::Arc;

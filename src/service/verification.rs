@@ -1,7 +1,7 @@
 //! Comparing content with the hash that its client sent.
 //!
-//! `service/artifacts.rs` calls it at Finalize, `service/downloads.rs` while bytes go out, and `app` runs it in the
-//! background for what is too large for either. It never changes bytes.
+//! `service/artifacts.rs` calls it at Finalize, `service/downloads.rs` while bytes go out, `fsck.rs` for what it
+//! reads, and `app` runs it in the background for what is too large for either. It never changes bytes.
 
 use std::time::Duration;
 
@@ -182,7 +182,9 @@ impl Services {
         let actual = self.hash_blob(blob, size_bytes, Some(claim)).await?;
         match (actual, expected) {
             (Some(actual), Some(expected)) if actual != expected => {
-                self.reject_content(blob, expected, actual).await;
+                if let error @ Error::Internal(_) = self.reject_content(blob, expected, actual).await {
+                    return Err(error);
+                }
             }
             (Some(actual), _) => {
                 failpoint::reach("verify_before_pass");

@@ -1,7 +1,8 @@
 //! Objects as files on a local disk: `<data dir>/objects/blobs/<moment>/<blob id>.<uuid>`.
 //!
-//! Only `storage/mod.rs` calls this. Never waits for the disk on an async thread, never maps files into memory, never
-//! takes a name from a client: paths are made of the server's own ids, so nothing leads out of the root.
+//! Only `storage/mod.rs` calls this. Waits for the disk on blocking threads; what is expected to be a copy of memory is
+//! done in place (`pace.rs`, `page_cache.rs`). Never maps files into memory, never takes a name from a client: paths are
+//! made of the server's own ids, so nothing leads out of the root.
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, DirEntry, File, OpenOptions};
@@ -73,7 +74,7 @@ impl Disk {
             syncs: Mutex::default(),
             slots: Arc::new(Semaphore::new(BACKGROUND_SYNCS)),
             buffers: Buffers::new(fetch::CHUNK_BYTES),
-            pace: Pace::default(),
+            pace: Pace::new(Handle::current().metrics().num_workers()),
         }));
         match spawn_blocking(move || prepare_root(&root)).await {
             Ok(result) => result.map(|()| disk),
@@ -104,7 +105,10 @@ impl Disk {
             let outcome;
             (partial, outcome) = self.put_some(partial, &mut intake).await?;
             if let Err(error) = outcome {
-                blocking(move || partial.remove()).await?;
+                // A failure leaves it to the cleaner.
+                if let Err(error) = blocking(move || partial.remove()).await {
+                    tracing::warn!(%error, "a file that was not written to its end stays until its blob is swept");
+                }
                 return Err(error);
             }
             intake.taken();
@@ -133,11 +137,10 @@ impl Disk {
             let outcome = disk.0.pace.watch(|| partial.append(&frames));
             (partial, outcome.map_err(put_failed))
         };
-        if in_place {
-            Ok(append())
-        } else {
-            spawn_blocking(append).await.map_err(task_failed)
+        if in_place && let Some(_turn) = self.0.pace.turn() {
+            return Ok(append());
         }
+        spawn_blocking(append).await.map_err(task_failed)
     }
 
     pub(super) async fn make_durable(&self, blob: BlobId, blocks: &[(ObjectKey, u64)]) -> Result<()> {

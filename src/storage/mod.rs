@@ -204,7 +204,7 @@ impl BlockStore {
         }
     }
 
-    /// Starts fetching bytes `from..to` of a block at once, whether or not the stream is polled yet.
+    /// Opens bytes `from..to` of a block, whether or not the stream is polled yet: what is not in memory begins to come.
     /// A stream that ends early means that the store has fewer bytes.
     fn fetch(&self, piece: &Piece) -> BoxStream<'static, Result<Bytes>> {
         let start = piece.block.object_offset.saturating_add(piece.from);
@@ -219,7 +219,10 @@ impl BlockStore {
     }
 }
 
-/// Counts and logs bytes that the store has lost, and says so to the caller. `kind` is the metric's label.
+/// What can be wrong with stored bytes: the labels of `wharfinger_storage_damage_total`.
+pub const KINDS_OF_DAMAGE: [&str; 3] = ["missing", "short", "crc"];
+
+/// Counts and logs bytes that the store has lost, and says so to the caller. `kind` is one of [`KINDS_OF_DAMAGE`].
 fn damage(kind: &'static str, key: &ObjectKey) -> Error {
     metrics::counter!("wharfinger_storage_damage_total", "kind" => kind).increment(1);
     tracing::error!(%key, kind, "stored bytes are damaged");

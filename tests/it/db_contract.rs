@@ -157,6 +157,8 @@ on_both! {
     a_run_has_its_limit_of_pending_ones,
     of_many_creates_the_newest_wins,
     staging_a_block_again_makes_garbage,
+    no_list_reads_more_blocks_than_a_blob_may_have,
+    many_blocks_become_content_in_their_order,
     closed_blobs_take_no_blocks,
     of_many_resends_one_stays,
     a_list_orders_blocks,
@@ -644,6 +646,46 @@ async fn staging_a_block_again_makes_garbage(place: Place) {
     assert_eq!(found.len(), 1);
     assert_eq!((&found[0].block, found[0].start_offset), (&second, None));
     assert_eq!(place.db.staged_bytes(BlobId::fresh()).await.unwrap(), 0);
+}
+
+async fn no_list_reads_more_blocks_than_a_blob_may_have(place: Place) {
+    let blob = place.open_blob().await;
+    let x = place.stage(blob, "x", 1).await;
+    let id = place.raw.literal(blob.0.as_bytes());
+    let add = async |from: u32, to: u32| {
+        let text = format!(
+            "WITH RECURSIVE numbers(i) AS (SELECT {from} UNION ALL SELECT i + 1 FROM numbers WHERE i < {to})
+             INSERT INTO blocks (blob_id, block_id, object_key, size_bytes, crc64)
+             SELECT {id}, 'block-' || i, '{}', 1, 0 FROM numbers",
+            x.object_key
+        );
+        place.raw.execute(&text).await;
+    };
+    add(2, 150_000).await;
+    assert_eq!(place.db.listed_blocks(blob, &latest(&["x"])).await.unwrap().len(), 1);
+    add(150_001, 150_001).await;
+    let refused = place.db.listed_blocks(blob, &latest(&["x"])).await;
+    assert!(matches!(refused, Err(Error::TooLarge(_))), "{refused:?}");
+}
+
+/// A long list, for which SQLite's thread is left to others meanwhile.
+async fn many_blocks_become_content_in_their_order(place: Place) {
+    let blob = place.open_blob().await;
+    let ids: Vec<String> = (0..1_200).map(|i| format!("{:04}", 1_199 - i)).collect();
+    for id in &ids {
+        place.stage(blob, id, 2).await;
+    }
+    let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+    assert_eq!(place.commit(blob, &latest(&ids)).await.unwrap(), Committed::Done);
+    let content = place.db.content_blocks(blob, 0, 2_400).await.unwrap();
+    assert!(content.iter().map(|(start, _)| *start).eq((0..1_200).map(|i| 2 * i)));
+    let listed = place.db.listed_blocks(blob, &latest(&ids)).await.unwrap();
+    assert!(
+        content
+            .iter()
+            .map(|(_, block)| block)
+            .eq(listed.iter().map(|row| &row.block))
+    );
 }
 
 async fn closed_blobs_take_no_blocks(place: Place) {

@@ -3,13 +3,18 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use wharfinger::api::tls::{Settings, Tls};
 
 use super::common::client::{Runner, Status, run_client, succeed};
@@ -69,6 +74,17 @@ impl Authority {
         environment.set("WHARFINGER_PUBLIC_URL", public_url);
         environment.set("WHARFINGER_SERVER__HEAD_TIMEOUT", "1s");
         environment
+    }
+
+    fn connector(&self) -> TlsConnector {
+        let mut roots = RootCertStore::empty();
+        roots
+            .add(CertificateDer::from_pem_file(self.ca_file()).unwrap())
+            .unwrap();
+        let config = ClientConfig::builder()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        TlsConnector::from(Arc::new(config))
     }
 
     fn http(&self) -> reqwest::Client {
@@ -132,6 +148,32 @@ async fn clients_speak_it_and_certificates_change_under_them() {
             "the newest certificate is not used"
         );
     }
+    assert_eq!(server.terminate(), Some(0));
+}
+
+/// Replies pile up in TLS before they do in the socket.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_takes_no_replies_loses_its_place() {
+    let authority = Authority::new();
+    authority.sign(&["127.0.0.1"]);
+    let port = free_port();
+    let mut environment = authority.environment(&format!("https://127.0.0.1:{port}"));
+    environment.set("WHARFINGER_LISTEN", format!("127.0.0.1:{port}"));
+    environment.set("WHARFINGER_SERVER__BODY_IDLE_TIMEOUT", "300ms");
+    let server = Process::start(&environment);
+
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let socket = socket.connect(([127, 0, 0, 1], port).into()).await.unwrap();
+    let mut deaf = authority
+        .connector()
+        .connect("127.0.0.1".try_into().unwrap(), socket)
+        .await
+        .unwrap();
+    let requests = b"GET /nowhere HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".repeat(100);
+    let asking = async { while deaf.write_all(&requests).await.is_ok() {} };
+    let cut = tokio::time::timeout(Duration::from_secs(60), asking).await;
+    assert!(cut.is_ok(), "a client that takes nothing holds its connection");
     assert_eq!(server.terminate(), Some(0));
 }
 
