@@ -142,7 +142,7 @@ impl Kind {
     pub fn describe(self) -> Result<String> {
         Ok(match self {
             Self::WharfingerProcess => {
-                "Wharfinger, SQLite and disk, `durability = \"process\"`: syncs nothing, as the peers".to_owned()
+                "Wharfinger, SQLite and disk, `durability = \"process\"`: no reply waits for the disk, as with the peers".to_owned()
             }
             Self::WharfingerTls => "as wharfinger-process, and speaks TLS itself".to_owned(),
             Self::WharfingerFull => "Wharfinger, SQLite and disk, as it comes: synced at the block list".to_owned(),

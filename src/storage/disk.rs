@@ -132,14 +132,14 @@ impl Disk {
             Ok(frames) => frames,
             Err(error) => return Ok((partial, Err(error))),
         };
-        let disk = self.clone();
+        if in_place && let Some(_turn) = self.0.pace.turn() {
+            let outcome = self.0.pace.watch(|| partial.append(&frames));
+            return Ok((partial, outcome.map_err(put_failed)));
+        }
         let append = move || {
-            let outcome = disk.0.pace.watch(|| partial.append(&frames));
+            let outcome = partial.append(&frames);
             (partial, outcome.map_err(put_failed))
         };
-        if in_place && let Some(_turn) = self.0.pace.turn() {
-            return Ok(append());
-        }
         spawn_blocking(append).await.map_err(task_failed)
     }
 

@@ -1,21 +1,25 @@
 //! Whether the disk takes what is written to it at once.
 //!
 //! As long as the kernel has room for bytes that are not on the disk yet, a write is a copy of memory. When it has none,
-//! it lets the writer sleep. `disk.rs` writes on async threads in the first case only; each write tells which it is.
+//! it lets the writer sleep. `disk.rs` writes on async threads in the first case only; each such write tells which it is.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// Far longer than a copy takes, also of a thread that had to wait for a processor.
+/// Far longer than a copy takes, also of most threads that had to wait for a processor.
 const SLOW: Duration = Duration::from_millis(10);
+/// How many in a row tell a disk from a thread that had to wait longer.
+const ENOUGH: u32 = 2;
 /// How long nothing is expected of a disk that was slow.
 const REST: Duration = Duration::from_secs(10);
 
-/// Quick until a write was slow.
+/// Quick until writes were slow.
 #[derive(Debug)]
 pub(super) struct Pace {
+    slow_in_a_row: AtomicU32,
     last_slow: Mutex<Option<Instant>>,
     turns: Semaphore,
 }
@@ -24,8 +28,10 @@ impl Pace {
     /// For a runtime that has so many threads for tasks.
     pub(super) fn new(workers: usize) -> Self {
         Self {
+            slow_in_a_row: AtomicU32::new(0),
             last_slow: Mutex::default(),
-            turns: Semaphore::new(workers.saturating_sub(1)),
+            // To keep one of two free would cost a seventh of their speed.
+            turns: Semaphore::new(workers.saturating_sub(1).max(2)),
         }
     }
 
@@ -33,12 +39,13 @@ impl Pace {
         self.last_slow().is_none_or(|last| last.elapsed() > REST)
     }
 
-    /// The turn to write on an async thread, unless too many have one: a disk that hangs shall not stop all threads.
+    /// The turn to write on an async thread, unless too many have one: a disk that hangs shall not stop all threads,
+    /// where there are more than two.
     pub(super) fn turn(&self) -> Option<SemaphorePermit<'_>> {
         self.turns.try_acquire().ok()
     }
 
-    /// Does some writing and remembers if it was slow.
+    /// Does some writing in place and remembers if it was slow.
     pub(super) fn watch<T>(&self, write: impl FnOnce() -> T) -> T {
         let begun = Instant::now();
         let result = write();
@@ -47,7 +54,9 @@ impl Pace {
     }
 
     fn note(&self, took: Duration) {
-        if took > SLOW {
+        if took <= SLOW {
+            self.slow_in_a_row.store(0, Ordering::Relaxed);
+        } else if self.slow_in_a_row.fetch_add(1, Ordering::Relaxed) + 1 >= ENOUGH {
             *self.last_slow() = Some(Instant::now());
         }
     }
@@ -62,12 +71,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_slow_write_is_enough_to_be_careful_for_a_while() {
-        let pace = Pace::new(2);
+    fn two_slow_writes_in_a_row_are_enough_to_be_careful_for_a_while() {
+        let (pace, slow) = (Pace::new(2), SLOW + Duration::from_millis(1));
         assert_eq!(pace.watch(|| 7), 7);
-        pace.note(SLOW);
-        assert!(pace.is_quick());
-        pace.note(SLOW + Duration::from_millis(1));
+        for took in [SLOW, SLOW, slow, SLOW, slow] {
+            pace.note(took);
+            assert!(pace.is_quick());
+        }
+        pace.note(slow);
         assert!(!pace.is_quick());
         pace.note(Duration::ZERO);
         assert!(!pace.is_quick());
@@ -77,12 +88,11 @@ mod tests {
 
     #[test]
     fn one_thread_always_stays_free() {
-        let pace = Pace::new(2);
-        let turn = pace.turn();
-        assert!(turn.is_some());
+        let pace = Pace::new(4);
+        let turns: Vec<_> = (0..3).map(|_| pace.turn()).collect();
+        assert!(turns.iter().all(Option::is_some));
         assert!(pace.turn().is_none());
-        drop(turn);
+        drop(turns);
         assert!(pace.turn().is_some());
-        assert!(Pace::new(1).turn().is_none());
     }
 }
