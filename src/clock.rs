@@ -4,7 +4,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
+
+/// The last millisecond of the year 9999, the last that can be written down.
+const LAST_MS: i64 = 253_402_300_799_999;
+
+/// A time as `SystemTime`, to be written down: as late as can be if it is later.
+pub fn writable(at_ms: i64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_millis(at_ms.clamp(0, LAST_MS).unsigned_abs())
+}
 
 #[derive(Clone, Debug)]
 pub enum Clock {
@@ -33,5 +41,18 @@ impl Clock {
             Self::Fixed(_) => Self::System.now_ms(),
             own => own.now_ms(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::writable;
+
+    #[test]
+    fn no_time_is_too_late_to_be_written_down() {
+        let written = |at_ms| humantime::format_rfc3339_seconds(writable(at_ms)).to_string();
+        assert_eq!(written(1_000), "1970-01-01T00:00:01Z");
+        assert_eq!(written(i64::MAX), "9999-12-31T23:59:59Z");
+        assert_eq!(written(-1), "1970-01-01T00:00:00Z");
     }
 }

@@ -39,6 +39,8 @@ type Reply = Result<Response, ApisError>;
 
 /// The one type of artifact that clients know.
 const TYPE: &str = "actions_storage";
+/// What JavaScript counts exactly; all files of an artifact together must fit into 63 bits.
+const MAX_FILE_BYTES: u64 = 1 << 53;
 /// What stands for itself in a query. Source: RFC 3986 §2.3.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
@@ -172,10 +174,7 @@ pub async fn list(
             Some(described(services, artifact.id, &artifact.name, size))
         })
         .collect();
-    Ok(json_reply(
-        StatusCode::OK,
-        &json!({ "count": value.len(), "value": value }),
-    ))
+    Ok(twirp::large_answer(services, &json!({ "count": value.len(), "value": value })).await?)
 }
 
 /// The path that a request names, if it names one.
@@ -259,6 +258,9 @@ pub async fn put(
             return Err(Error::Invalid("x-tfs-filelength and Content-Range disagree".to_owned()).into());
         }
     };
+    if length_bytes.max(total_bytes) > MAX_FILE_BYTES {
+        return Err(Error::TooLarge(format!("a file may have at most {MAX_FILE_BYTES} bytes")).into());
+    }
     let checksums = Checksums {
         md5: checksum(headers, "x-actions-results-md5")?,
         crc64: checksum(headers, "x-actions-results-crc64")?.map(u64::from_le_bytes),
@@ -400,8 +402,9 @@ impl Listing {
                 let item = item.map_err(|error| Error::Internal(format!("an item is not JSON: {error}")))?;
                 text.extend_from_slice(&item);
             }
+            let page = listing.services.hold(text).await?;
             listing.files = listing.services.files(&listing.container, &last).await?;
-            Ok(Some((Bytes::from(text), Some((listing, false)))))
+            Ok(Some((page, Some((listing, false)))))
         })
     }
 

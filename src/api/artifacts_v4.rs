@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use axum::Extension;
 use axum::extract::State;
+use axum::response::Response;
 use serde::{Deserialize, Serialize};
 
 use super::Context;
@@ -167,7 +168,7 @@ pub async fn list(
     State(context): State<Context>,
     Extension(principal): Extension<Arc<Principal>>,
     Message(request): Message<ListArtifactsRequest>,
-) -> Reply<ListArtifactsResponse> {
+) -> Result<Response, TwirpError> {
     request.ids.check_run(&principal)?;
     let id = request.id_filter.map(ArtifactId);
     let artifacts = context
@@ -186,7 +187,7 @@ pub async fn list(
             digest: artifact.sha256.map(|sha256| sha256.to_string()),
         })
         .collect();
-    Ok(Answer(ListArtifactsResponse { artifacts }))
+    Ok(twirp::large_answer(&context.services, &ListArtifactsResponse { artifacts }).await?)
 }
 
 /// `GetSignedArtifactURL` and `DeleteArtifact` name an artifact alike.

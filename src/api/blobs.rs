@@ -37,6 +37,8 @@ const API_VERSION: &str = "2025-11-05";
 /// Azure's bound on a block id, before base64.
 const MAX_BLOCK_ID_BYTES: usize = 64;
 const MAX_CONTENT_TYPE_BYTES: usize = 255;
+/// How often the bytes of a block list are in memory at once, as text and as what it says.
+const LIST_FORMS: u64 = 4;
 
 pub async fn handle(State(context): State<Context>, Extension(link): Extension<Link>, request: Request) -> Reply {
     check_headers(request.headers())?;
@@ -126,11 +128,8 @@ async fn put_block(context: &Context, link: &Link, request: Request) -> Reply {
 
 async fn put_block_list(context: &Context, link: &Link, request: Request) -> Reply {
     let content_type = content_type(request.headers())?;
-    let length = content_length(request.headers())?;
-    // Of a larger one not even the memory is asked for.
-    body::check_whole(&request)?;
-    let _room = context.services.room_for_list(length).await?;
-    let body = body::whole(context, request).await?;
+    content_length(request.headers())?;
+    let body = body::whole_in_forms(context, request, LIST_FORMS).await?;
     let list = block_list::parse(&body)?;
     context
         .services
@@ -317,7 +316,11 @@ fn is_zip(content_type: &str) -> bool {
 
 /// Both forms of the file name: the newest client reads `filename*`, older ones `filename`.
 fn disposition(name: &str, zip: bool) -> String {
-    let name = if zip { format!("{name}.zip") } else { name.to_owned() };
+    let name = if zip && !name.ends_with(".zip") {
+        format!("{name}.zip")
+    } else {
+        name.to_owned()
+    };
     let plain: String = name
         .chars()
         .map(|c| {
@@ -348,6 +351,12 @@ mod tests {
             disposition("größe \"1\" 100%.html", false),
             "attachment; filename=\"gr__e _1_ 100_.html\"; filename*=UTF-8''gr%C3%B6%C3%9Fe%20%221%22%20100%25.html"
         );
+        for name in ["a", "a.zip"] {
+            assert_eq!(
+                disposition(name, true),
+                "attachment; filename=\"a.zip\"; filename*=UTF-8''a.zip"
+            );
+        }
     }
 
     #[test]

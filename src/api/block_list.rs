@@ -25,9 +25,7 @@ pub fn parse(body: &[u8]) -> Result<Vec<ListEntry>, AzureError> {
     let mut list = Vec::new();
     let mut state = State::Before;
     loop {
-        let event = reader
-            .read_event()
-            .map_err(|error| invalid(&format!("the block list is not XML: {error}")))?;
+        let event = reader.read_event().map_err(|_| invalid("the block list is not XML"))?;
         state = match (state, event) {
             (State::Before, Event::Decl(_)) if list.is_empty() => State::Before,
             (State::Before, Event::Start(tag)) if name(&tag)? == "BlockList" => State::Inside,
@@ -55,7 +53,11 @@ pub fn parse(body: &[u8]) -> Result<Vec<ListEntry>, AzureError> {
             {
                 state
             }
-            (_, event) => return Err(invalid(&format!("a block list has no place for {event:?}"))),
+            (State::Before, _) => return Err(invalid("a block list begins with <BlockList>")),
+            (State::Inside | State::Id(..), _) => {
+                return Err(invalid("a block list has ids of blocks and nothing else"));
+            }
+            (State::After, _) => return Err(invalid("something comes after the block list")),
         };
     }
 }

@@ -3,9 +3,10 @@
 //! `api/mod.rs` declares the limit beside each route, whose guard goes on to [`limit`]; handlers read by [`whole`] and
 //! [`chunks`] alone. Never unpacks a body.
 
+use std::pin::pin;
 use std::time::Instant;
 
-use axum::body::{Body, HttpBody as _, to_bytes};
+use axum::body::{Body, HttpBody as _};
 use axum::extract::{Request, State};
 use axum::http::HeaderValue;
 use axum::http::header::{CONNECTION, CONTENT_ENCODING, TRANSFER_ENCODING};
@@ -13,12 +14,12 @@ use axum::middleware::Next;
 use axum::response::Response;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
-use http_body_util::LengthLimitError;
 use tokio::time::timeout;
 
 use super::patience::Patience;
 use super::{Context, reply};
 use crate::error::{Error, Result};
+use crate::service::memory;
 
 /// How large the body of a route's requests may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,12 +113,36 @@ pub fn check_whole(request: &Request) -> Result<usize> {
 
 /// The bytes of a body, which are at most as many as its route allows.
 pub async fn whole(context: &Context, request: Request) -> Result<Bytes> {
+    whole_in_forms(context, request, 1).await
+}
+
+/// As [`whole`], of a body that is held in so many forms at once until it is dropped. It takes its share of the memory as
+/// it comes: who only says that much will come holds nothing.
+pub async fn whole_in_forms(context: &Context, request: Request, forms: u64) -> Result<Bytes> {
     let max_bytes = check_whole(&request)?;
-    let reading = to_bytes(request.into_body(), max_bytes);
-    let bytes = timeout(context.patience.left(), reading).await.map_err(|_| stalled())?;
-    bytes.map_err(|error| match std::error::Error::source(&error) {
-        Some(source) if source.is::<LengthLimitError>() => too_large(max_bytes),
-        _ => broken(&error),
+    let mut chunks = pin!(chunks(request.into_body(), context.patience));
+    let (mut bytes, mut share, mut counted) = (Vec::new(), None::<memory::Share>, memory::SMALL_BYTES);
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk?;
+        if bytes.len() + chunk.len() > max_bytes {
+            return Err(too_large(max_bytes));
+        }
+        bytes.extend_from_slice(&chunk);
+        while bytes.len() > counted {
+            let more = context
+                .services
+                .upload_share(forms * memory::SMALL_BYTES as u64)
+                .await?;
+            match &mut share {
+                Some(share) => share.join(more),
+                None => share = Some(more),
+            }
+            counted += memory::SMALL_BYTES;
+        }
+    }
+    Ok(match share {
+        Some(share) => memory::with_share(bytes, share),
+        None => bytes.into(),
     })
 }
 

@@ -4,6 +4,7 @@
 //! whole, understood or changed but what belongs to one connection alone. Goes to the one configured origin and nowhere
 //! else; redirects are for the client to follow.
 
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,7 +13,11 @@ use axum::extract::{Request, State};
 use axum::http::header::{AUTHORIZATION, CONNECTION, HOST};
 use axum::http::{HeaderMap, HeaderName};
 use axum::response::Response;
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _, stream};
 use serde::Deserialize;
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
 
 use super::patience::Patience;
 use super::{Context, body, reply};
@@ -59,6 +64,8 @@ const HOP_BY_HOP: [&str; 7] = [
 ];
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the other server may be silent once it has a request. The clients give up after as long.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Where requests are passed on to, and which.
 #[derive(Clone, Debug)]
@@ -124,27 +131,58 @@ impl Upstream {
         }
         let (head, body) = request.into_parts();
         let target = head.uri.path_and_query().map_or("/", |target| target.as_str());
+        // A client of HTTP takes dots and backslashes for steps: nothing may lead out of the paths that are passed on.
+        let url = reqwest::Url::parse(&format!("{}{target}", self.origin)).ok();
+        let url = url
+            .filter(|url| url.path() == head.uri.path())
+            .ok_or_else(|| Error::Malformed("the path is not in its plain form".to_owned()))?;
         let mut headers = head.headers;
         strip(&mut headers);
         headers.remove(HOST);
+        // The sender goes with the body, when the other server has all of it.
+        let (sending, sent) = oneshot::channel::<()>();
+        let body = body::chunks(body, patience).inspect(move |_| {
+            let _ = &sending;
+        });
         let passed = self
             .http
-            .request(head.method, format!("{}{target}", self.origin))
+            .request(head.method, url)
             .headers(headers)
-            .body(reqwest::Body::wrap_stream(body::chunks(body, patience)));
+            .body(reqwest::Body::wrap_stream(body));
         let unavailable = |error: reqwest::Error| {
             // Without its URL, whose query may be secret.
             tracing::warn!(error = %error.without_url(), upstream = self.origin, "a request could not be passed on");
-            Error::Busy("the server behind this one does not answer, try again".to_owned())
+            silent()
         };
-        let reply = passed.send().await.map_err(unavailable)?;
+        let reply = tokio::select! {
+            reply = passed.send() => reply.map_err(unavailable)?,
+            () = async { let _ = sent.await; sleep(REPLY_TIMEOUT).await } => return Err(silent()),
+        };
         let mut response = Response::new(Body::empty());
         *response.status_mut() = reply.status();
         *response.headers_mut() = reply.headers().clone();
         strip(response.headers_mut());
-        *response.body_mut() = Body::from_stream(reply.bytes_stream());
+        *response.body_mut() = Body::from_stream(in_time(reply.bytes_stream()));
         Ok(response)
     }
+}
+
+fn silent() -> Error {
+    Error::Busy("the server behind this one does not answer, try again".to_owned())
+}
+
+/// A reply's bytes, which must keep coming.
+fn in_time(
+    bytes: impl Stream<Item = reqwest::Result<Bytes>> + Send + 'static,
+) -> impl Stream<Item = io::Result<Bytes>> + Send {
+    stream::unfold(Box::pin(bytes), |mut bytes| async {
+        let next = timeout(REPLY_TIMEOUT, bytes.next()).await;
+        let item = match next {
+            Ok(item) => item?.map_err(io::Error::other),
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        };
+        Some((item, bytes))
+    })
 }
 
 fn strip(headers: &mut HeaderMap) {

@@ -14,6 +14,8 @@ use crate::error::Error;
 
 /// How long a client is asked to wait before it tries again, in seconds.
 const RETRY_AFTER_S: &str = "2";
+/// No more of a message goes out: it may quote what the client sent, and slow clients keep replies in memory.
+const MAX_MESSAGE_BYTES: usize = 1024;
 const INTERNAL: &str = "an internal error occurred; the server's log has more";
 
 /// A failure as `{"code", "msg"}`. Source: the Twirp wire protocol, version 7.
@@ -74,7 +76,7 @@ impl From<Error> for TwirpError {
 
 impl IntoResponse for TwirpError {
     fn into_response(self) -> Response {
-        let body = json!({ "code": self.code, "msg": self.message }).to_string();
+        let body = json!({ "code": self.code, "msg": short(&self.message) }).to_string();
         let mut response = (self.status, [(CONTENT_TYPE, "application/json")], body).into_response();
         hint(&mut response);
         response
@@ -144,7 +146,7 @@ impl IntoResponse for AzureError {
         let body = format!(
             "<?xml version=\"1.0\" encoding=\"utf-8\"?><Error><Code>{}</Code><Message>{}</Message></Error>",
             self.code,
-            quick_xml::escape::escape(&self.message),
+            quick_xml::escape::escape(short(&self.message)),
         );
         let mut response = (
             self.status,
@@ -215,7 +217,7 @@ impl From<Error> for GithubError {
 
 impl IntoResponse for GithubError {
     fn into_response(self) -> Response {
-        let body = json!({ "message": self.message }).to_string();
+        let body = json!({ "message": short(&self.message) }).to_string();
         let mut response = (self.status, [(CONTENT_TYPE, "application/json")], body).into_response();
         hint(&mut response);
         response
@@ -273,7 +275,7 @@ impl From<TwirpError> for ApisError {
 
 impl IntoResponse for ApisError {
     fn into_response(self) -> Response {
-        let body = json!({ "message": self.message, "typeKey": self.type_key }).to_string();
+        let body = json!({ "message": short(&self.message), "typeKey": self.type_key }).to_string();
         let mut response = (self.status, [(CONTENT_TYPE, "application/json")], body).into_response();
         hint(&mut response);
         response
@@ -302,6 +304,10 @@ pub fn protect(path: &str, headers: &mut HeaderMap) {
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("private, no-store"));
         headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     }
+}
+
+fn short(message: &str) -> &str {
+    &message[..message.floor_char_boundary(MAX_MESSAGE_BYTES)]
 }
 
 /// Logs what only the log may see and returns what the client may.

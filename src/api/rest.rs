@@ -5,7 +5,6 @@
 //! one does not see is answered as what does not exist.
 
 use std::collections::HashMap;
-use std::time::{Duration, UNIX_EPOCH};
 
 use axum::Json;
 use axum::extract::{FromRequestParts, Path, Query};
@@ -18,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::Context;
 use super::reply::GithubError;
+use crate::clock;
 use crate::db::{Filter, Page, RepositoryArtifact, RepositoryRun, RunJob, Usage, View};
 use crate::error::Error;
 use crate::model::{ApiToken, ArtifactId};
@@ -129,8 +129,7 @@ fn job(job: &RunJob, run_id: i64) -> Value {
 
 /// As GitHub writes times.
 fn time(at_ms: i64) -> String {
-    let since = Duration::from_millis(at_ms.unsigned_abs());
-    humantime::format_rfc3339_seconds(UNIX_EPOCH + since).to_string()
+    humantime::format_rfc3339_seconds(clock::writable(at_ms)).to_string()
 }
 
 fn not_found() -> Error {

@@ -14,7 +14,9 @@ use serde_json::Value;
 
 use super::reply::TwirpError;
 use super::{Context, body};
+use crate::clock;
 use crate::error::Error;
+use crate::service::Services;
 
 /// JSON nested deeper than this is refused.
 const MAX_DEPTH: usize = 64;
@@ -177,8 +179,18 @@ pub fn timestamp<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i6
 /// Milliseconds since the epoch as a timestamp with exactly three fraction digits and `Z`: of the others the
 /// JavaScript clients refuse some.
 pub fn format_timestamp(ms: i64) -> String {
-    let since = std::time::Duration::from_millis(u64::try_from(ms).unwrap_or_default());
-    humantime::format_rfc3339_millis(std::time::UNIX_EPOCH + since).to_string()
+    humantime::format_rfc3339_millis(clock::writable(ms)).to_string()
+}
+
+/// A good answer that may be large.
+pub async fn large_answer<T: Serialize>(services: &Services, answer: &T) -> Result<Response, Error> {
+    let body = serde_json::to_vec(answer).map_err(not_json)?;
+    let body = Body::from(services.hold(body).await?);
+    Ok(([(CONTENT_TYPE, Encoding::Json.content_type())], body).into_response())
+}
+
+fn not_json(error: serde_json::Error) -> Error {
+    Error::Internal(format!("an answer is not JSON: {error}"))
 }
 
 /// A good answer.
@@ -188,7 +200,7 @@ impl<T: Serialize> IntoResponse for Answer<T> {
     fn into_response(self) -> Response {
         match serde_json::to_vec(&self.0) {
             Ok(body) => ([(CONTENT_TYPE, Encoding::Json.content_type())], Body::from(body)).into_response(),
-            Err(error) => TwirpError::from(Error::Internal(format!("an answer is not JSON: {error}"))).into_response(),
+            Err(error) => TwirpError::from(not_json(error)).into_response(),
         }
     }
 }

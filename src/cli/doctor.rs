@@ -391,6 +391,8 @@ impl Variables<'_> {
     /// Trusts whom Node trusts: a list of its own and NODE_EXTRA_CA_CERTS; the system's only where it is told so.
     fn client(&self) -> anyhow::Result<Client> {
         let builder = Client::builder().connect_timeout(CONNECT_TIMEOUT).timeout(TIMEOUT);
+        // The token goes to the server that was named, and to no other.
+        let builder = builder.redirect(reqwest::redirect::Policy::none());
         let mut authorities = Vec::new();
         if let Some(path) = self.get("NODE_EXTRA_CA_CERTS") {
             let pem = fs::read(path).with_context(|| format!("can't read NODE_EXTRA_CA_CERTS ({path})"))?;

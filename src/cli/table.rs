@@ -1,7 +1,8 @@
 //! Columns for people: what the `list` commands print.
 
+use crate::clock;
+
 use std::fmt;
-use std::time::{Duration, SystemTime};
 
 /// Rows under a head, each column as wide as its widest text.
 pub struct Table<const COLUMNS: usize>(Vec<[String; COLUMNS]>);
@@ -32,13 +33,10 @@ impl<const COLUMNS: usize> fmt::Display for Table<COLUMNS> {
 
 /// A time as people read it, in UTC.
 pub fn date(at_ms: Option<i64>) -> String {
-    let since = at_ms
-        .and_then(|at_ms| u64::try_from(at_ms).ok())
-        .map(Duration::from_millis);
-    match since.and_then(|since| SystemTime::UNIX_EPOCH.checked_add(since)) {
-        Some(time) => humantime::format_rfc3339_seconds(time).to_string(),
-        None => "-".to_owned(),
-    }
+    at_ms.map_or_else(
+        || "-".to_owned(),
+        |at_ms| humantime::format_rfc3339_seconds(clock::writable(at_ms)).to_string(),
+    )
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ impl Db {
             let blobs: Vec<(Uuid, Option<Uuid>)> = query(
                 "DELETE FROM artifacts WHERE id IN (
                      SELECT id FROM artifacts WHERE state <> 'pending' AND expires_at_ms <= $1
-                     ORDER BY expires_at_ms LIMIT $2)
+                     ORDER BY expires_at_ms LIMIT $2) AND state <> 'pending' AND expires_at_ms <= $1
                  RETURNING blob_id, container_id",
             )
             .bind(now_ms)
@@ -50,20 +50,29 @@ impl Db {
             .await?;
             let mut abandoned = 0;
             for blob in blobs {
-                // One that was finalized meanwhile is neither pending nor open any more.
+                // One that was finalized meanwhile is neither pending nor open any more, and a container that others joined
+                // has begun anew: looked at once they can't any more.
+                query("UPDATE artifacts SET state = state WHERE blob_id = $1 AND state = 'pending'")
+                    .bind(blob)
+                    .execute(tx)
+                    .await?;
                 for row in [
-                    "DELETE FROM artifacts WHERE blob_id = $1 AND state = 'pending'",
-                    "DELETE FROM cache_entries WHERE blob_id = $1 AND state = 'reserved'",
+                    "DELETE FROM artifacts WHERE blob_id = $1 AND state = 'pending'
+                         AND EXISTS (SELECT 1 FROM blobs WHERE id = $1 AND created_at_ms <= $2)",
+                    "DELETE FROM cache_entries WHERE blob_id = $1 AND state = 'reserved'
+                         AND EXISTS (SELECT 1 FROM blobs WHERE id = $1 AND created_at_ms <= $2)",
                 ] {
-                    query(row).bind(blob).execute(tx).await?;
+                    query(row).bind(blob).bind(begun_before_ms).execute(tx).await?;
                 }
                 abandoned += query(
                     "UPDATE blobs SET state = 'deleting', tombstone = 'abandoned', changed_at_ms = $2,
                          cleaned_at_ms = NULL
-                     WHERE id = $1 AND (state = 'staging' OR (state = 'committed' AND kind <> 'container'))",
+                     WHERE id = $1 AND (state = 'staging' OR (state = 'committed' AND kind <> 'container'))
+                         AND created_at_ms <= $3",
                 )
                 .bind(blob)
                 .bind(now_ms)
+                .bind(begun_before_ms)
                 .execute(tx)
                 .await?;
             }
@@ -163,6 +172,19 @@ impl Db {
         Ok(user.is_some())
     }
 
+    /// Has a tombstone whose objects could not be deleted count as one from `dead_since_ms`, so that it does not keep the
+    /// rest waiting.
+    pub async fn postpone_emptying(&self, blob: BlobId, dead_since_ms: i64) -> Result<()> {
+        on!(self, Staging, |conn| {
+            query("UPDATE blobs SET changed_at_ms = $2 WHERE id = $1 AND state = 'deleting' AND cleaned_at_ms IS NULL")
+                .bind(blob.0)
+                .bind(dead_since_ms)
+                .execute(conn)
+                .await?;
+        });
+        Ok(())
+    }
+
     /// Forgets the blocks of a tombstone whose objects were deleted.
     pub async fn mark_emptied(&self, blob: BlobId, now_ms: i64) -> Result<()> {
         transaction!(self, Staging, |tx| {
@@ -230,15 +252,28 @@ impl Db {
         Ok(())
     }
 
-    /// Objects recorded as garbage, oldest first.
-    pub async fn garbage(&self, limit: i64) -> Result<Vec<ObjectKey>> {
+    /// Objects recorded as garbage until `now_ms`, oldest first.
+    pub async fn garbage(&self, now_ms: i64, limit: i64) -> Result<Vec<ObjectKey>> {
         let keys: Vec<String> = on!(self, Reading, |conn| {
-            query("SELECT object_key FROM garbage ORDER BY created_at_ms LIMIT $1")
+            query("SELECT object_key FROM garbage WHERE created_at_ms <= $1 ORDER BY created_at_ms LIMIT $2")
+                .bind(now_ms)
                 .bind(limit)
                 .fetch_all(conn)
                 .await?
         });
         keys.iter().map(|key| object_key(key)).collect()
+    }
+
+    /// Leaves garbage that could not be deleted until `again_ms`, so that it does not keep the rest waiting.
+    pub async fn postpone_garbage(&self, key: &ObjectKey, again_ms: i64) -> Result<()> {
+        on!(self, Staging, |conn| {
+            query("UPDATE garbage SET created_at_ms = $2 WHERE object_key = $1")
+                .bind(key.as_str())
+                .bind(again_ms)
+                .execute(conn)
+                .await?;
+        });
+        Ok(())
     }
 
     /// Forgets garbage whose object was deleted.

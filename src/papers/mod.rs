@@ -33,7 +33,7 @@ pub use issuers::{IssuerKind, IssuerSettings, MINTED_ISSUER, MINTED_MAX_LIFETIME
 pub use links::{Link, Param, Permission};
 pub use mint::MintRequest;
 pub use secret::RootSecret;
-pub use tokens::{is_repository, repository_key};
+pub use tokens::{is_backend_id, is_repository, repository_key};
 
 /// Everything that is needed to check papers and to write them.
 #[derive(Debug)]

@@ -45,7 +45,7 @@ pub fn repository_key(name: &str) -> String {
 }
 
 /// Whether `text` can be one of the two ids in `Actions.Results:<run>:<job>`.
-pub(super) fn is_backend_id(text: &str) -> bool {
+pub fn is_backend_id(text: &str) -> bool {
     is_word(text, 128)
 }
 

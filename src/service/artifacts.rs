@@ -103,6 +103,11 @@ pub(super) fn too_many_pending(settings: &Settings) -> Error {
     ))
 }
 
+/// A name that none can have is not looked for: Postgres takes no NUL.
+pub(super) fn check_known(name: &str) -> Result<()> {
+    check_name(name).map_err(|_| no_such_artifact(name))
+}
+
 pub(super) fn no_such_artifact(name: &str) -> Error {
     Error::NotFound(format!("there is no artifact named {name} in this workflow run"))
 }
@@ -165,6 +170,7 @@ impl Services {
         size_bytes: u64,
         expected: Option<Sha256>,
     ) -> Result<ArtifactId> {
+        check_known(name)?;
         for _ in 0..FINALIZE_TRIES {
             let candidate = self
                 .db
@@ -238,11 +244,15 @@ impl Services {
         name: Option<&str>,
         id: Option<ArtifactId>,
     ) -> Result<Vec<ListedArtifact>> {
+        if name.is_some_and(|name| check_name(name).is_err()) {
+            return Ok(Vec::new());
+        }
         self.db.list_artifacts(principal, name, id, self.clock.now_ms()).await
     }
 
     /// The artifact that the run's list would show under a name.
     async fn named_artifact(&self, principal: &Principal, name: &str, now_ms: i64) -> Result<NewestArtifact> {
+        check_known(name)?;
         let artifact = self.db.newest_artifact(principal, name, now_ms).await?;
         artifact.ok_or_else(|| no_such_artifact(name))
     }

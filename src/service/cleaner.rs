@@ -109,8 +109,31 @@ impl Services {
     }
 }
 
-/// What a pass does to many at once. Each returns how many objects it deleted.
+/// What a pass does to many at once. Each returns how many objects it deleted; `None` if they could not be, and it was
+/// put off.
 impl Services {
+    async fn empty_or_postpone(self, blob: BlobId, now_ms: i64, dead_again_ms: i64) -> Result<Option<u64>> {
+        match self.clone().empty(blob, now_ms).await {
+            Ok(deleted) => Ok(Some(deleted)),
+            Err(error) => {
+                tracing::warn!(%blob, %error, "a deleted blob's objects could not be deleted; it is tried again");
+                self.db.postpone_emptying(blob, dead_again_ms).await?;
+                Ok(None)
+            }
+        }
+    }
+
+    async fn collect_or_postpone(self, garbage: ObjectKey, again_ms: i64) -> Result<Option<u64>> {
+        match self.clone().collect(garbage.clone()).await {
+            Ok(deleted) => Ok(Some(deleted)),
+            Err(error) => {
+                tracing::warn!(key = %garbage, %error, "a replaced object could not be deleted; it is tried again");
+                self.db.postpone_garbage(&garbage, again_ms).await?;
+                Ok(None)
+            }
+        }
+    }
+
     async fn empty(self, blob: BlobId, now_ms: i64) -> Result<u64> {
         let mut keys = self.db.objects_of(blob).await?;
         let rest = keys.split_off(keys.len() / 2);
@@ -164,9 +187,9 @@ impl Pass<'_> {
         self.bury().await?;
         self.bury_caches().await?;
         self.collect_garbage().await?;
+        self.empty().await?;
         self.sweep().await?;
         self.collect_garbage().await?;
-        self.empty().await?;
         self.drop_dead().await?;
         self.forget_closed_runs().await?;
         self.count();
@@ -281,10 +304,13 @@ impl Pass<'_> {
         while let Some(now_ms) = self.hold().await? {
             let dead_since_ms = now_ms - millis(parts.settings.cleaner.delete_grace);
             let blobs = parts.db.blobs_to_empty(dead_since_ms, self.batch()).await?;
-            let is_last = blobs.is_empty();
-            let emptied = stream::iter(blobs).map(|blob| self.services.clone().empty(blob, now_ms));
-            self.report.deleted_objects += emptied.buffer_unordered(AT_ONCE).try_fold(0, sum).await?;
-            if is_last {
+            let again_ms = dead_since_ms + millis(parts.settings.cleaner.interval);
+            let emptied = stream::iter(blobs).map(|blob| {
+                let services = self.services.clone();
+                services.empty_or_postpone(blob, now_ms, again_ms)
+            });
+            let outcomes: Vec<_> = emptied.buffer_unordered(AT_ONCE).try_collect().await?;
+            if !self.got_on(&outcomes) {
                 break;
             }
         }
@@ -356,16 +382,25 @@ impl Pass<'_> {
     /// Deletes the objects that a transaction recorded as named by no row any more.
     async fn collect_garbage(&mut self) -> Result<()> {
         let Services(parts) = self.services;
-        while self.hold().await?.is_some() {
-            let garbage = parts.db.garbage(self.batch()).await?;
-            let is_last = garbage.is_empty();
-            let collected = stream::iter(garbage).map(|key| self.services.clone().collect(key));
-            self.report.deleted_objects += collected.buffer_unordered(AT_ONCE).try_fold(0, sum).await?;
-            if is_last {
+        while let Some(now_ms) = self.hold().await? {
+            let garbage = parts.db.garbage(now_ms, self.batch()).await?;
+            let again_ms = now_ms + millis(parts.settings.cleaner.interval);
+            let collected = stream::iter(garbage).map(|key| {
+                let services = self.services.clone();
+                services.collect_or_postpone(key, again_ms)
+            });
+            let outcomes: Vec<_> = collected.buffer_unordered(AT_ONCE).try_collect().await?;
+            if !self.got_on(&outcomes) {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// Counts what a batch deleted. `false` if there was nothing to do, or nothing could be done.
+    fn got_on(&mut self, outcomes: &[Option<u64>]) -> bool {
+        self.report.deleted_objects += outcomes.iter().flatten().sum::<u64>();
+        outcomes.iter().any(Option::is_some)
     }
 
     fn count(&self) {

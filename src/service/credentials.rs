@@ -10,7 +10,7 @@ use secrecy::SecretString;
 use super::{Services, millis};
 use crate::error::{Error, Result};
 use crate::model::{Access, ApiToken, ClosedRun, Principal, Repositories, SigningKey};
-use crate::papers::{ApiTokenText, MINTED_MAX_LIFETIME, is_repository, repository_key};
+use crate::papers::{ApiTokenText, MINTED_MAX_LIFETIME, is_backend_id, is_repository, repository_key};
 
 /// How long a replica may not know what another one was told.
 pub const REFRESH_EVERY: Duration = Duration::from_secs(2);
@@ -222,7 +222,10 @@ impl Services {
             .last_used_at_ms
             .is_none_or(|used_at_ms| now_ms >= used_at_ms + NOTE_USE_EVERY_MS)
         {
-            self.db.note_api_token_use(&token.id, now_ms).await?;
+            // The token is good, whether or not this is noted.
+            if let Err(error) = self.db.note_api_token_use(&token.id, now_ms).await {
+                tracing::warn!(%error, "the use of an API token was not noted");
+            }
         }
         Ok(token)
     }
@@ -238,7 +241,7 @@ impl Services {
             repository,
             run,
         } = run;
-        if run.is_empty() {
+        if !is_backend_id(&run) {
             return Err(Error::Invalid("a run has a number or an id".to_owned()));
         }
         let closed_at_ms = self.clock.now_ms();

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use crc_fast::{CrcAlgorithm, checksum};
 use futures_util::{Stream, TryStreamExt, stream};
 
-use super::artifacts::{check_name, limit, no_such_artifact, too_many, too_many_pending};
+use super::artifacts::{check_known, check_name, limit, no_such_artifact, too_many, too_many_pending};
 use super::chunks::{Summing, deflate_member, packed_length, whole_crc32};
 use super::downloads::ByteStream;
 use super::uploads::Upload;
@@ -29,6 +29,10 @@ const DAY_MS: i64 = 24 * 3600 * 1000;
 const MAX_CHUNKS: i64 = 50_000;
 /// Files that are looked at in one go.
 const PAGE: i64 = 500;
+/// Files per page of a list, whose locations hold each path several times.
+const LISTED_PAGE: i64 = 50;
+/// What a zip's headers may take while it is made: for 200,000 files, paths of 270 bytes on average.
+const MAX_HEADERS_BYTES: u64 = 128 * 1024 * 1024;
 /// How often publishing begins anew when files are replaced at the same moment.
 const PUBLISH_TRIES: usize = 8;
 /// What the two copies of a path come to in memory: in both headers.
@@ -220,7 +224,7 @@ impl Services {
 
     /// A page of a container's complete files, in the order of their paths, behind `after`.
     pub async fn files(&self, container: &Container, after: &str) -> Result<Vec<File>> {
-        self.db.files(container.blob, after, PAGE).await
+        self.db.files(container.blob, after, LISTED_PAGE).await
     }
 
     /// A file of a container and its bytes, as they came.
@@ -248,6 +252,7 @@ impl Services {
     /// [`Error::NotFound`]; [`Error::Invalid`] if fewer bytes came than the client says, or if a file came as gzip and
     /// is none.
     pub async fn publish_files(&self, principal: &Principal, name: &str, files_bytes: u64) -> Result<Published> {
+        check_known(name)?;
         let mut needed = None;
         for _ in 0..PUBLISH_TRIES {
             let publication = self
@@ -295,6 +300,11 @@ impl Services {
     async fn try_publish(&self, publication: &Publication, zip: BlobId) -> Result<Option<Published>> {
         let (count, path_bytes) = self.db.path_bytes(publication.container).await?;
         let room = count * Headers::MEMBER_BYTES + PATH_COPIES * path_bytes;
+        if room > MAX_HEADERS_BYTES {
+            return Err(Error::Invalid(
+                "the paths of the artifact's files are too long together".to_owned(),
+            ));
+        }
         let _share = self.memory.for_upload(room).await?;
         let mut building = Building {
             services: self,

@@ -1,15 +1,18 @@
 //! How much memory bytes may take on their way through the server, and who waits when it is taken.
 //!
-//! `uploads.rs`, `files.rs` and `downloads.rs` take a share before the first byte moves and keep it until the last. A share is what
-//! one stream can hold at once, whatever it says of its length; who waits for one holds next to nothing.
+//! `uploads.rs`, `files.rs` and `downloads.rs` take a share before the first byte moves and keep it until the last. A
+//! share is what one stream can hold at once, whatever it says of its length; who waits for one holds next to nothing.
+//! What is read or sent whole has one for what there is of it, through [`Services::upload_share`] and [`Services::hold`].
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
+use super::Services;
 use crate::error::{Error, Result};
 
 /// The `[memory]` section of the configuration.
@@ -27,6 +30,8 @@ pub struct Settings {
 
 /// Shares are counted in pieces of this size, so that a semaphore's counter is enough.
 const UNIT_BYTES: u64 = 64 * 1024;
+/// So much of what is read or sent whole is not counted: nearly every message is smaller.
+pub const SMALL_BYTES: usize = 64 * 1024;
 /// A downloading client gives up for good after 30 s without a byte, but comes again after a 503.
 const DOWNLOAD_WAIT: Duration = Duration::from_secs(20);
 
@@ -38,7 +43,54 @@ pub struct Memory {
 
 /// A part of the memory, given back when it is dropped.
 #[derive(Debug)]
-pub struct Share(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
+pub struct Share(OwnedSemaphorePermit);
+
+impl Share {
+    /// Both as one. They are of one budget.
+    pub fn join(&mut self, more: Self) {
+        self.0.merge(more.0);
+    }
+}
+
+/// Bytes with the share that they take.
+struct Held {
+    bytes: Vec<u8>,
+    _share: Share,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Services {
+    /// A share for so many bytes of what is read whole.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when there is none within the time to wait.
+    pub async fn upload_share(&self, bytes: u64) -> Result<Share> {
+        self.memory.for_upload(bytes).await
+    }
+
+    /// A reply, or a part of one, that was made in memory: with a share of it until its client has taken it, unless it
+    /// is small.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn hold(&self, bytes: Vec<u8>) -> Result<Bytes> {
+        if bytes.len() <= SMALL_BYTES {
+            return Ok(bytes.into());
+        }
+        let share = self.memory.for_download(bytes.len() as u64).await?;
+        Ok(with_share(bytes, share))
+    }
+}
+
+/// Bytes that give their share back when nobody has them any more.
+pub fn with_share(bytes: Vec<u8>, share: Share) -> Bytes {
+    Bytes::from_owner(Held { bytes, _share: share })
+}
 
 #[derive(Debug)]
 struct Budget {

@@ -62,8 +62,10 @@ impl Services {
         else {
             return Ok(false);
         };
-        match self.read_slowly(&blob).await {
-            Ok(()) => {}
+        match self.read_slowly(&blob, holder).await {
+            Ok(true) => {}
+            // Another replica took over: it reads the blob too.
+            Ok(false) => return Ok(false),
             Err(Error::Gone(_) | Error::Internal(_)) => {
                 if let Some(reason) = self.confirmed_damage(&blob, true).await?
                     && self.db.mark_lost(blob.id).await?
@@ -78,17 +80,26 @@ impl Services {
         Ok(true)
     }
 
-    /// Reads a blob block by block, each checked by its CRC, within the rate.
-    async fn read_slowly(&self, blob: &SealedBlob) -> Result<()> {
+    /// Reads a blob block by block, each checked by its CRC, within the rate. `false` if the lease was lost meanwhile.
+    async fn read_slowly(&self, blob: &SealedBlob, holder: Uuid) -> Result<bool> {
         if blob.size_bytes == 0 {
-            return Ok(());
+            return Ok(true);
         }
+        let lease_ms = millis(self.settings.cleaner.lease);
+        let mut renew_at_ms = self.clock.now_ms() + lease_ms / 2;
         let blocks = self.db.content_blocks(blob.id, 0, blob.size_bytes).await?;
         let mut bytes = self.store.read(storage::window(blocks, 0..blob.size_bytes)?).await?;
         while let Some(chunk) = bytes.next().await {
             let seconds = chunk?.len() as f64 / self.settings.scrub.max_bytes_per_second as f64;
             tokio::time::sleep(Duration::from_secs_f64(seconds)).await;
+            let now_ms = self.clock.now_ms();
+            if now_ms >= renew_at_ms {
+                if !self.db.take_lease(LEASE, holder, now_ms, now_ms + lease_ms).await? {
+                    return Ok(false);
+                }
+                renew_at_ms = now_ms + lease_ms / 2;
+            }
         }
-        Ok(())
+        Ok(true)
     }
 }

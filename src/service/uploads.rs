@@ -10,7 +10,7 @@ use futures_util::{Stream, StreamExt, TryStreamExt};
 use md5::{Digest, Md5};
 use serde::Deserialize;
 
-use super::{Services, memory};
+use super::Services;
 use crate::db::{Committed, ListEntry, WritableBlob};
 use crate::error::{Error, Result};
 use crate::failpoint;
@@ -48,8 +48,6 @@ pub struct Upload<S> {
     pub checksums: Checksums,
 }
 
-/// How often the bytes of a block list are in memory at once, in one form or another.
-const LIST_FORMS: u64 = 4;
 /// How often a list is tried again when blocks are sent again at the same moment.
 const LIST_TRIES: usize = 8;
 
@@ -93,14 +91,6 @@ impl Services {
             // Whether the row was written is unknown; the cleaner finds the object if it was not.
             Err(error) => Err(error),
         }
-    }
-
-    /// Room for a block list of so many bytes, which is held as a whole, as text and as what it says.
-    ///
-    /// # Errors
-    /// [`Error::Busy`] when there is none.
-    pub async fn room_for_list(&self, size_bytes: u64) -> Result<memory::Share> {
-        self.memory.for_upload(LIST_FORMS * size_bytes).await
     }
 
     /// Makes the listed blocks the blob's content, durably.

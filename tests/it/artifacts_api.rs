@@ -1039,6 +1039,72 @@ async fn a_flipped_byte_is_never_served_whole() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_none_can_have_is_not_there() {
+    on_both(async |server| {
+        let job = server.job();
+        job.upload("a", b"a").await;
+        for method in ["GetSignedArtifactURL", "DeleteArtifact"] {
+            let (status, body) = job.call(method, json!({ "name": "a\0" })).await;
+            assert_eq!((status, &body["code"]), (404, &json!("not_found")), "{method}");
+        }
+        let (status, body) = job
+            .call("FinalizeArtifact", json!({ "name": "a\0", "size": "1" }))
+            .await;
+        assert_eq!((status, &body["code"]), (404, &json!("not_found")));
+        let (status, body) = job.call("ListArtifacts", json!({ "name_filter": "a\0" })).await;
+        assert_eq!((status, &body["artifacts"]), (200, &json!([])));
+    })
+    .await;
+}
+
+/// On a disk, what can't be deleted is a directory.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_deleted_keeps_nothing_else_waiting() {
+    let server = TestServer::start(Backend::SqliteDisk).await;
+    let job = server.job();
+    let objects_of = async |name: &str| {
+        let directory = server.config.data_dir.join("objects/blobs");
+        let blob = blob_of(&job.link(name).await).to_string();
+        let mut files = object_files(&directory);
+        files.retain(|file| file.file_name().unwrap().to_str().unwrap().starts_with(&blob));
+        files
+    };
+    // Of a deleted artifact, and one that was replaced before its list.
+    job.upload("stuck", b"stuck").await;
+    let mut stuck = objects_of("stuck").await;
+    job.call("DeleteArtifact", json!({ "name": "stuck" })).await;
+    let link = job.create("a").await;
+    stage(&job, &link, "QQ==", b"replaced").await;
+    let known = object_files(&server.config.data_dir.join("objects/blobs"));
+    stage(&job, &link, "QQ==", b"kept").await;
+    let replaced: Vec<_> = known.into_iter().filter(|file| !stuck.contains(file)).collect();
+    assert_eq!((stuck.len(), replaced.len()), (1, 1));
+    stuck.extend(replaced);
+    for file in &stuck {
+        std::fs::remove_file(file).unwrap();
+        std::fs::create_dir(file).unwrap();
+    }
+    job.upload("gone", b"gone").await;
+    let gone = objects_of("gone").await;
+    job.call("DeleteArtifact", json!({ "name": "gone" })).await;
+    server.advance(server.config.cleaner.delete_grace);
+    clean(&server).await;
+    assert!(gone.iter().all(|file| !file.exists()), "{gone:?}");
+    assert!(stuck.iter().all(|file| file.exists()), "{stuck:?}");
+    // Tried again once they can be deleted, and not before their time.
+    for file in &stuck {
+        std::fs::remove_dir(file).unwrap();
+        std::fs::write(file, "").unwrap();
+    }
+    clean(&server).await;
+    assert!(stuck.iter().all(|file| file.exists()), "{stuck:?}");
+    server.advance(server.config.cleaner.interval);
+    clean(&server).await;
+    assert!(stuck.iter().all(|file| !file.exists()), "{stuck:?}");
+    server.stop().await;
+}
+
 /// One of each thing that the cleaner takes away. Returns a write link to the abandoned upload.
 async fn make_a_mess(server: &TestServer) -> String {
     let job = server.job();
@@ -1077,7 +1143,7 @@ async fn assert_nothing_is_left_in_the_end(server: &TestServer) {
     assert_eq!(objects(server).await, []);
     let services = &server.app.services;
     assert_eq!(services.db.blob_counts().await.unwrap(), []);
-    assert_eq!(services.db.garbage(10).await.unwrap(), []);
+    assert_eq!(services.db.garbage(i64::MAX, 10).await.unwrap(), []);
     if server.s3.is_none() {
         let blobs = std::fs::read_dir(server.config.data_dir.join("objects/blobs")).unwrap();
         assert_eq!(blobs.count(), 0, "empty directories stay");

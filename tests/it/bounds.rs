@@ -204,6 +204,27 @@ async fn without_memory_a_request_waits_and_is_then_put_off() {
 
 /// Clients before 2.2 open as many requests as an artifact has blocks, up to 300.
 #[tokio::test(flavor = "multi_thread")]
+async fn who_only_says_that_much_will_come_takes_no_memory() {
+    for backend in Backend::ALL {
+        let server = TestServer::start_with(backend, one_stream).await;
+        let job = server.job();
+        let link = job.create("announced").await;
+        let target = format!("{}&comp=blocklist", &link[link.find("/blob/").unwrap()..]);
+        let mut idle = Vec::new();
+        for _ in 0..3 {
+            let mut socket = connect(&server).await;
+            let head = raw::request("PUT", &target, &[("content-length", "8388608")], b"");
+            socket.write_all(&head).await.unwrap();
+            socket.write_all(b"<BlockList>").await.unwrap();
+            idle.push(socket);
+        }
+        let other = tokio::time::timeout(PATIENCE / 2, job.upload("other", b"bytes")).await;
+        assert!(other.is_ok(), "{backend:?}: an upload waits for what never comes");
+        server.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn many_blocks_at_once_queue() {
     for backend in Backend::ALL {
         let server = TestServer::start_with(backend, |config| {

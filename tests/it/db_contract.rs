@@ -349,7 +349,7 @@ impl Place {
     }
 
     async fn garbage(&self) -> BTreeSet<ObjectKey> {
-        self.db.garbage(100_000).await.unwrap().into_iter().collect()
+        self.db.garbage(i64::MAX, 100_000).await.unwrap().into_iter().collect()
     }
 
     async fn objects(&self, blob: BlobId) -> BTreeSet<ObjectKey> {
@@ -1439,18 +1439,18 @@ async fn garbage_is_forgotten_when_it_is_gone(place: Place) {
         replaced.push(block.object_key);
     }
     let last = replaced.pop().unwrap();
-    assert_eq!(db.garbage(10).await.unwrap(), replaced, "oldest first");
-    assert_eq!(db.garbage(1).await.unwrap(), replaced[..1]);
+    assert_eq!(db.garbage(i64::MAX, 10).await.unwrap(), replaced, "oldest first");
+    assert_eq!(db.garbage(i64::MAX, 1).await.unwrap(), replaced[..1]);
     for _ in 0..2 {
         db.drop_garbage(&replaced[0]).await.unwrap();
-        assert_eq!(db.garbage(10).await.unwrap(), replaced[1..]);
+        assert_eq!(db.garbage(i64::MAX, 10).await.unwrap(), replaced[1..]);
     }
     // With the blob goes what it left.
     db.abandon_uploads(NOW, NOW, 10).await.unwrap();
     assert_eq!(db.objects_of(blob).await.unwrap(), [last]);
     db.mark_emptied(blob, NOW).await.unwrap();
     db.drop_blob(blob).await.unwrap();
-    assert_eq!(db.garbage(10).await.unwrap(), []);
+    assert_eq!(db.garbage(i64::MAX, 10).await.unwrap(), []);
 }
 
 async fn the_scrub_reads_what_was_unread_for_longest(place: Place) {

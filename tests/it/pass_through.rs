@@ -146,6 +146,16 @@ async fn what_is_here_stays_here() {
     ] {
         assert_eq!(send("GET", path, &[("authorization", &bearer)]).await, 404, "{path}");
     }
+    // Nor what leads out of the paths that are passed on.
+    for path in [
+        "/twirp/../admin",
+        "/twirp/x/%2e%2e/%2E./admin",
+        "/twirp/./x",
+        "/twirp/..\\admin",
+    ] {
+        let status = send("POST", path, &[("authorization", &bearer)]).await;
+        assert!([400, 404].contains(&status), "{path}: {status}");
+    }
     assert_eq!(other.asked(), [""; 0]);
     assert_eq!(
         send("GET", "/_apis/elsewhere/x?y", &[("authorization", &bearer)]).await,
