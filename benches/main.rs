@@ -194,8 +194,10 @@ fn empty_files(directory: &Path) -> io::Result<()> {
         let kind = entry.file_type()?;
         if kind.is_dir() {
             empty_files(&entry.path())?;
-        } else if kind.is_file() {
-            File::options().write(true).truncate(true).open(entry.path())?;
+        } else if kind.is_file()
+            && let Err(error) = File::options().write(true).truncate(true).open(entry.path())
+        {
+            writeln!(io::stderr().lock(), "{} stays full: {error}", entry.path().display())?;
         }
     }
     Ok(())

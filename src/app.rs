@@ -307,6 +307,9 @@ pub async fn clean(config: Config) -> anyhow::Result<()> {
                 dropped_blobs = report.dropped_blobs,
                 "cleaned"
             );
+            if report.put_off > 0 {
+                bail!("{} things could not be deleted: the log says why", report.put_off);
+            }
             Ok(())
         }
         None => bail!("another process is cleaning, or the clocks disagree; try again later"),

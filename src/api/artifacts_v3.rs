@@ -39,8 +39,8 @@ type Reply = Result<Response, ApisError>;
 
 /// The one type of artifact that clients know.
 const TYPE: &str = "actions_storage";
-/// What JavaScript counts exactly; all files of an artifact together must fit into 63 bits.
-const MAX_FILE_BYTES: u64 = 1 << 53;
+/// A million of them fit into the 63 bits of a sum.
+const MAX_FILE_BYTES: u64 = 1 << 43;
 /// What stands for itself in a query. Source: RFC 3986 §2.3.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 

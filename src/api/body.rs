@@ -1,7 +1,7 @@
 //! A request's body: how large it may be on a route, and the two ways to read it, whole or as it comes.
 //!
-//! `api/mod.rs` declares the limit beside each route, whose guard goes on to [`limit`]; handlers read by [`whole`] and
-//! [`chunks`] alone. Never unpacks a body.
+//! `api/mod.rs` declares the limit beside each route, whose guard goes on to [`limit`]; handlers read by [`whole`],
+//! [`whole_in_forms`] and [`chunks`] alone. Never unpacks a body.
 
 use std::pin::pin;
 use std::time::Instant;
@@ -106,7 +106,7 @@ fn check_encoding(request: &Request) -> Result<()> {
 }
 
 /// Whether a body may be read whole by what is said of its length.
-pub fn check_whole(request: &Request) -> Result<usize> {
+fn check_whole(request: &Request) -> Result<usize> {
     let limit = request.extensions().get().copied().unwrap_or(BodyLimit::None);
     check_length(request, limit.whole()).map(|()| limit.whole())
 }
@@ -121,7 +121,7 @@ pub async fn whole(context: &Context, request: Request) -> Result<Bytes> {
 pub async fn whole_in_forms(context: &Context, request: Request, forms: u64) -> Result<Bytes> {
     let max_bytes = check_whole(&request)?;
     let mut chunks = pin!(chunks(request.into_body(), context.patience));
-    let (mut bytes, mut share, mut counted) = (Vec::new(), None::<memory::Share>, memory::SMALL_BYTES);
+    let (mut bytes, mut share, mut counted) = (Vec::new(), None, memory::SMALL_BYTES);
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk?;
         if bytes.len() + chunk.len() > max_bytes {
@@ -129,14 +129,8 @@ pub async fn whole_in_forms(context: &Context, request: Request, forms: u64) -> 
         }
         bytes.extend_from_slice(&chunk);
         while bytes.len() > counted {
-            let more = context
-                .services
-                .upload_share(forms * memory::SMALL_BYTES as u64)
-                .await?;
-            match &mut share {
-                Some(share) => share.join(more),
-                None => share = Some(more),
-            }
+            let more = forms * memory::SMALL_BYTES as u64;
+            context.services.grow_upload(&mut share, more).await?;
             counted += memory::SMALL_BYTES;
         }
     }

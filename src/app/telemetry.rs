@@ -61,7 +61,7 @@ const COUNTERS: [(&str, &str); 15] = [
     ),
     (
         "wharfinger_cleaner_failures_total",
-        "Passes of the cleaner that an error ended",
+        "Passes of the cleaner that an error ended, or that could not delete something",
     ),
     (
         "wharfinger_key_set_failures_total",

@@ -1,7 +1,8 @@
 //! Artifacts: names within a workflow run, each pointing at a blob.
 //!
-//! Called by `service/artifacts.rs` and `service/repositories.rs`. Every look-up carries the whole key of the run. Locks are taken artifact first,
-//! blob second, here and wherever both are touched, so that no two transactions wait for each other.
+//! Called by `service/artifacts.rs` and `service/repositories.rs`. Every look-up carries the whole key of the run. Locks
+//! are taken artifact first, blob second, here and wherever both are touched, so that no two transactions wait for each
+//! other.
 
 use uuid::Uuid;
 

@@ -1,7 +1,7 @@
 //! What the cleaner asks of the database: what is due, and to forget what is gone.
 //!
-//! Called by `service/cleaner.rs`; the two counts at the end by `api/ops.rs`. Every step is safe to repeat and safe beside another cleaner. What the cleaner
-//! would find again after a power cut is not waited for.
+//! Called by `service/cleaner.rs`; the two counts at the end by `api/ops.rs`. Every step is safe to repeat and safe beside
+//! another cleaner. What the cleaner would find again after a power cut is not waited for.
 
 use uuid::Uuid;
 

@@ -1,7 +1,7 @@
 //! What papers are checked against: signing keys, API tokens, closed runs.
 //!
-//! Called by `service/credentials.rs`, `service/cleaner.rs` and `app`. Knows no secret: of an API token only a hash comes here,
-//! of a signing key only its id.
+//! Called by `service/credentials.rs`, `service/cleaner.rs` and `app`. Knows no secret: of an API token only a hash comes
+//! here, of a signing key only its id.
 
 use super::sql::query;
 use super::{Db, on, transaction};

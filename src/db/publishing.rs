@@ -6,7 +6,7 @@
 use uuid::Uuid;
 
 use super::blobs::{BEGIN, BURY, ROWS_PER_INSERT, placement};
-use super::sql::{query, row_struct};
+use super::sql::{ALL_OF_A_TABLE, query, row_struct};
 use super::{Db, Failure, on, signed, transaction, unsigned};
 use crate::error::Result;
 use crate::failpoint;
@@ -84,6 +84,7 @@ impl Db {
                  FROM files WHERE container_id = $1 AND uploader = ''",
             )
             .bind(container.0)
+            .rows(ALL_OF_A_TABLE)
             .fetch_one(conn)
             .await?
         });
@@ -123,6 +124,7 @@ impl Db {
                     "INSERT INTO blocks (blob_id, block_id, object_key, object_offset, size_bytes, crc64, start_offset) ",
                 )
                 .push_values(page, |(start, block)| placement(zip, "", block, start.cast_signed()))
+                .rows(page.len())
                 .execute(conn)
                 .await?;
             });

@@ -224,6 +224,10 @@ pub fn query<'q>(text: &'static str) -> Query<'q> {
     }
 }
 
+fn has_other_threads() -> bool {
+    Handle::try_current().is_ok_and(|runtime| runtime.runtime_flavor() == RuntimeFlavor::MultiThread)
+}
+
 impl<'q> Query<'q> {
     /// Gives the next of `$1` to `$n` its value.
     pub fn bind(mut self, value: impl Into<Value<'q>>) -> Self {
@@ -357,8 +361,7 @@ impl<'q> Query<'q> {
                 ask(&mut statement)
             }
         };
-        let flavor = Handle::try_current().map(|runtime| runtime.runtime_flavor());
-        if self.rows > QUICK_ROWS && flavor.is_ok_and(|flavor| flavor == RuntimeFlavor::MultiThread) {
+        if self.rows > QUICK_ROWS && has_other_threads() {
             block_in_place(ask)
         } else {
             ask()

@@ -147,7 +147,10 @@ impl Pool {
             self.log_restarts.store(true, Ordering::Relaxed);
             Ok::<_, Error>(())
         };
-        if let Err(error) = copied.await {
+        // Whoever closes the pool copies what is left.
+        if let Err(error) = copied.await
+            && !self.places.is_closed()
+        {
             tracing::warn!(%error, "the database's log was not copied; it is tried again");
         }
     }
@@ -244,7 +247,8 @@ impl Lent {
             return Ok(());
         }
         let syncs = self.kept.as_ref().is_some_and(|kept| kept.syncs);
-        let lent = if self.pool.log_restarts.swap(false, Ordering::Relaxed) || syncs {
+        let writes = self.connection()?.total_changes() > self.changed_rows;
+        let lent = if syncs || writes && self.pool.log_restarts.swap(false, Ordering::Relaxed) {
             blocking(move || self.run(COMMIT).map(|()| self)).await??
         } else {
             self.run(COMMIT)?;

@@ -1,7 +1,7 @@
 //! Minting: runtime tokens for runs that no forge speaks for.
 //!
-//! Called by `Papers::mint`, that is by `wharfinger token mint`, `wharfinger env` and `POST /api/v1/runtime-token`. Reads no clock and writes nothing
-//! down: whoever holds the root secret can mint.
+//! Called by `Papers::mint`, that is by `wharfinger token mint`, `wharfinger env` and `POST /api/v1/runtime-token`. Reads
+//! no clock and writes nothing down: whoever holds the root secret can mint.
 
 use std::time::Duration;
 

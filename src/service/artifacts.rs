@@ -1,6 +1,7 @@
 //! Artifacts: create, finalize, list, hand out links, delete, and how long they live.
 //!
-//! Called by `api/artifacts_v4.rs`, and for the list by `api/artifacts_v3.rs`, with a principal whose run was already compared with the request's.
+//! Called by `api/artifacts_v4.rs`, and for the list by `api/artifacts_v3.rs`, with a principal whose run was already
+//! compared with the request's.
 
 use std::time::Duration;
 

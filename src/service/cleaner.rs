@@ -44,6 +44,8 @@ pub struct Report {
     pub evicted_cache_entries: u64,
     pub deleted_objects: u64,
     pub dropped_blobs: u64,
+    /// What could not be deleted and is tried again.
+    pub put_off: u64,
 }
 
 const LEASE: &str = "cleaner";
@@ -109,9 +111,9 @@ impl Services {
     }
 }
 
-/// What a pass does to many at once. Each returns how many objects it deleted; `None` if they could not be, and it was
-/// put off.
+/// What a pass does to many at once. Each returns how many objects it deleted.
 impl Services {
+    /// `None` if they could not be deleted, and the blob was put off.
     async fn empty_or_postpone(self, blob: BlobId, now_ms: i64, dead_again_ms: i64) -> Result<Option<u64>> {
         match self.clone().empty(blob, now_ms).await {
             Ok(deleted) => Ok(Some(deleted)),
@@ -123,6 +125,7 @@ impl Services {
         }
     }
 
+    /// As [`Services::empty_or_postpone`].
     async fn collect_or_postpone(self, garbage: ObjectKey, again_ms: i64) -> Result<Option<u64>> {
         match self.clone().collect(garbage.clone()).await {
             Ok(deleted) => Ok(Some(deleted)),
@@ -305,12 +308,10 @@ impl Pass<'_> {
             let dead_since_ms = now_ms - millis(parts.settings.cleaner.delete_grace);
             let blobs = parts.db.blobs_to_empty(dead_since_ms, self.batch()).await?;
             let again_ms = dead_since_ms + millis(parts.settings.cleaner.interval);
-            let emptied = stream::iter(blobs).map(|blob| {
-                let services = self.services.clone();
-                services.empty_or_postpone(blob, now_ms, again_ms)
-            });
-            let outcomes: Vec<_> = emptied.buffer_unordered(AT_ONCE).try_collect().await?;
-            if !self.got_on(&outcomes) {
+            let services = self.services;
+            let work = blobs.into_iter();
+            let work = work.map(|blob| services.clone().empty_or_postpone(blob, now_ms, again_ms));
+            if !self.got_on(work).await? {
                 break;
             }
         }
@@ -323,14 +324,15 @@ impl Pass<'_> {
         while let Some(now_ms) = self.hold().await? {
             let dead_since_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let blobs = parts.db.blobs_to_drop(dead_since_ms, self.batch()).await?;
-            for &blob in &blobs {
-                self.report.deleted_objects += self.delete_leftovers(blob, &HashSet::new(), i64::MAX).await?;
-                parts.store.remove_prefix(blob).await?;
-                failpoint::reach("clean_before_drop");
-                parts.db.drop_blob(blob).await?;
-                self.report.dropped_blobs += 1;
+            let mut got_on = false;
+            for blob in blobs {
+                let outcome = self.drop_blob(blob).await;
+                if self.done(blob, outcome) {
+                    self.report.dropped_blobs += 1;
+                    got_on = true;
+                }
             }
-            if blobs.is_empty() {
+            if !got_on {
                 break;
             }
         }
@@ -343,30 +345,55 @@ impl Pass<'_> {
         while let Some(now_ms) = self.hold().await? {
             let sealed_before_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let blobs = parts.db.blobs_to_sweep(sealed_before_ms, self.batch()).await?;
-            for &blob in &blobs {
-                let named = parts.db.objects_of(blob).await?.into_iter().collect();
-                self.report.deleted_objects += self.delete_leftovers(blob, &named, i64::MAX).await?;
-                failpoint::reach("clean_before_swept");
-                parts.db.mark_swept(blob, now_ms).await?;
+            let mut got_on = false;
+            for blob in blobs {
+                let outcome = self.sweep_blob(blob, now_ms).await;
+                got_on |= self.done(blob, outcome);
             }
-            if blobs.is_empty() {
+            if !got_on {
                 break;
             }
         }
         while let Some(now_ms) = self.hold().await? {
             let settled_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let containers = parts.db.containers_to_sweep(settled_ms, self.batch()).await?;
-            for &blob in &containers {
-                let named = parts.db.objects_of(blob).await?.into_iter().collect();
-                // Chunks may still be coming: what is younger than any request may be named yet.
-                self.report.deleted_objects += self.delete_leftovers(blob, &named, settled_ms).await?;
-                parts.db.mark_container_swept(blob, now_ms).await?;
+            let mut got_on = false;
+            for blob in containers {
+                let outcome = self.sweep_container(blob, now_ms, settled_ms).await;
+                got_on |= self.done(blob, outcome);
             }
-            if containers.is_empty() {
+            if !got_on {
                 break;
             }
         }
         Ok(())
+    }
+
+    async fn drop_blob(&self, blob: BlobId) -> Result<u64> {
+        let Services(parts) = self.services;
+        let deleted = self.delete_leftovers(blob, &HashSet::new(), i64::MAX).await?;
+        parts.store.remove_prefix(blob).await?;
+        failpoint::reach("clean_before_drop");
+        parts.db.drop_blob(blob).await?;
+        Ok(deleted)
+    }
+
+    async fn sweep_blob(&self, blob: BlobId, now_ms: i64) -> Result<u64> {
+        let Services(parts) = self.services;
+        let named = parts.db.objects_of(blob).await?.into_iter().collect();
+        let deleted = self.delete_leftovers(blob, &named, i64::MAX).await?;
+        failpoint::reach("clean_before_swept");
+        parts.db.mark_swept(blob, now_ms).await?;
+        Ok(deleted)
+    }
+
+    /// Chunks may still be coming: what is younger than any request may be named yet.
+    async fn sweep_container(&self, blob: BlobId, now_ms: i64, settled_ms: i64) -> Result<u64> {
+        let Services(parts) = self.services;
+        let named = parts.db.objects_of(blob).await?.into_iter().collect();
+        let deleted = self.delete_leftovers(blob, &named, settled_ms).await?;
+        parts.db.mark_container_swept(blob, now_ms).await?;
+        Ok(deleted)
     }
 
     /// Deletes the objects below a blob's prefix that are not named and were made at or before `until_ms`. Returns how
@@ -385,22 +412,50 @@ impl Pass<'_> {
         while let Some(now_ms) = self.hold().await? {
             let garbage = parts.db.garbage(now_ms, self.batch()).await?;
             let again_ms = now_ms + millis(parts.settings.cleaner.interval);
-            let collected = stream::iter(garbage).map(|key| {
-                let services = self.services.clone();
-                services.collect_or_postpone(key, again_ms)
-            });
-            let outcomes: Vec<_> = collected.buffer_unordered(AT_ONCE).try_collect().await?;
-            if !self.got_on(&outcomes) {
+            let services = self.services;
+            let work = garbage.into_iter();
+            let work = work.map(|key| services.clone().collect_or_postpone(key, again_ms));
+            if !self.got_on(work).await? {
                 break;
             }
         }
         Ok(())
     }
 
-    /// Counts what a batch deleted. `false` if there was nothing to do, or nothing could be done.
-    fn got_on(&mut self, outcomes: &[Option<u64>]) -> bool {
-        self.report.deleted_objects += outcomes.iter().flatten().sum::<u64>();
-        outcomes.iter().any(Option::is_some)
+    /// Does a batch, and counts what it deleted. `false` if there was nothing to do, or the first of it could not be done:
+    /// a store that answers nobody would be waited for longer than the lease lasts.
+    async fn got_on(&mut self, work: impl Iterator<Item = impl Future<Output = Result<Option<u64>>>>) -> Result<bool> {
+        let (mut done, mut put_off) = (0, 0);
+        let mut outcomes = stream::iter(work).buffer_unordered(AT_ONCE);
+        while let Some(outcome) = outcomes.try_next().await? {
+            match outcome {
+                Some(deleted) => {
+                    done += 1;
+                    self.report.deleted_objects += deleted;
+                }
+                None => put_off += 1,
+            }
+            if done == 0 && put_off == AT_ONCE {
+                break;
+            }
+        }
+        self.report.put_off += put_off as u64;
+        Ok(done > 0)
+    }
+
+    /// Logs what became of one blob of a batch that is gone through one by one. `true` if it was done.
+    fn done(&mut self, blob: BlobId, outcome: Result<u64>) -> bool {
+        match outcome {
+            Ok(deleted) => {
+                self.report.deleted_objects += deleted;
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%blob, %error, "a blob's leftovers could not be deleted; it is tried again");
+                self.report.put_off += 1;
+                false
+            }
+        }
     }
 
     fn count(&self) {
@@ -411,6 +466,9 @@ impl Pass<'_> {
         metrics::counter!("wharfinger_cleaner_deleted_objects_total").increment(self.report.deleted_objects);
         metrics::counter!("wharfinger_cleaner_dropped_blobs_total").increment(self.report.dropped_blobs);
         metrics::counter!("wharfinger_cleaner_passes_total").increment(1);
+        if self.report.put_off > 0 {
+            metrics::counter!("wharfinger_cleaner_failures_total").increment(1);
+        }
     }
 }
 

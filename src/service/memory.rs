@@ -2,7 +2,7 @@
 //!
 //! `uploads.rs`, `files.rs` and `downloads.rs` take a share before the first byte moves and keep it until the last. A
 //! share is what one stream can hold at once, whatever it says of its length; who waits for one holds next to nothing.
-//! What is read or sent whole has one for what there is of it, through [`Services::upload_share`] and [`Services::hold`].
+//! What is read or sent whole has one for what there is of it, through [`Services::grow_upload`] and [`Services::hold`].
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,13 +45,6 @@ pub struct Memory {
 #[derive(Debug)]
 pub struct Share(OwnedSemaphorePermit);
 
-impl Share {
-    /// Both as one. They are of one budget.
-    pub fn join(&mut self, more: Self) {
-        self.0.merge(more.0);
-    }
-}
-
 /// Bytes with the share that they take.
 struct Held {
     bytes: Vec<u8>,
@@ -65,12 +58,12 @@ impl AsRef<[u8]> for Held {
 }
 
 impl Services {
-    /// A share for so many bytes of what is read whole.
+    /// Adds to the share of what is read whole, as more of it comes.
     ///
     /// # Errors
     /// [`Error::Busy`] when there is none within the time to wait.
-    pub async fn upload_share(&self, bytes: u64) -> Result<Share> {
-        self.memory.for_upload(bytes).await
+    pub async fn grow_upload(&self, share: &mut Option<Share>, bytes: u64) -> Result<()> {
+        self.memory.uploads.grow(share, bytes).await
     }
 
     /// A reply, or a part of one, that was made in memory: with a share of it until its client has taken it, unless it
@@ -151,7 +144,22 @@ impl Budget {
 
     async fn take(&self, bytes: u64) -> Result<Share> {
         // A stream that is larger than all there is goes alone.
-        let wanted = units(bytes).min(self.units);
+        self.take_units(units(bytes).min(self.units)).await
+    }
+
+    /// Many that grow can wait for each other, until the time to wait is over for the first of them.
+    async fn grow(&self, share: &mut Option<Share>, bytes: u64) -> Result<()> {
+        let held = share.as_ref().map_or(0, |share| share.0.num_permits());
+        let free_for_it = self.units.saturating_sub(u32::try_from(held).unwrap_or(u32::MAX));
+        let more = self.take_units(units(bytes).min(free_for_it)).await?;
+        match share {
+            Some(share) => share.0.merge(more.0),
+            None => *share = Some(more),
+        }
+        Ok(())
+    }
+
+    async fn take_units(&self, wanted: u32) -> Result<Share> {
         match timeout(self.wait, Arc::clone(&self.free).acquire_many_owned(wanted)).await {
             Ok(Ok(permit)) => Ok(Share(permit)),
             Ok(Err(_)) | Err(_) => {
@@ -190,6 +198,13 @@ mod tests {
     #[tokio::test]
     async fn what_is_larger_than_all_goes_alone() {
         let memory = memory();
+        let mut grown = None;
+        for _ in 0..10 {
+            memory.uploads.grow(&mut grown, UNIT_BYTES).await.unwrap();
+        }
+        assert!(memory.for_upload(1).await.is_err());
+        drop(grown);
+        memory.for_upload(1).await.unwrap();
         let alone = memory.for_download(100 * UNIT_BYTES).await.unwrap();
         assert!(memory.for_download(1).await.is_err());
         drop(alone);

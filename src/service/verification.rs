@@ -182,8 +182,9 @@ impl Services {
         let actual = self.hash_blob(blob, size_bytes, Some(claim)).await?;
         match (actual, expected) {
             (Some(actual), Some(expected)) if actual != expected => {
-                if let error @ Error::Internal(_) = self.reject_content(blob, expected, actual).await {
-                    return Err(error);
+                match self.reject_content(blob, expected, actual).await {
+                    Error::Gone(_) => {}
+                    error => return Err(error),
                 }
             }
             (Some(actual), _) => {

@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn one_thread_always_stays_free() {
+    fn one_of_many_threads_stays_free() {
         let pace = Pace::new(4);
         let turns: Vec<_> = (0..3).map(|_| pace.turn()).collect();
         assert!(turns.iter().all(Option::is_some));

@@ -202,7 +202,6 @@ async fn without_memory_a_request_waits_and_is_then_put_off() {
     }
 }
 
-/// Clients before 2.2 open as many requests as an artifact has blocks, up to 300.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_only_says_that_much_will_come_takes_no_memory() {
     for backend in Backend::ALL {
@@ -220,10 +219,23 @@ async fn who_only_says_that_much_will_come_takes_no_memory() {
         }
         let other = tokio::time::timeout(PATIENCE / 2, job.upload("other", b"bytes")).await;
         assert!(other.is_ok(), "{backend:?}: an upload waits for what never comes");
+        drop(idle);
+        // And a list that takes more than all there is goes alone.
+        let long: String = (0..6000)
+            .map(|i| format!("<Latest>{}</Latest>", base64_id(i)))
+            .collect();
+        let long = format!("<?xml version=\"1.0\"?><BlockList>{long}</BlockList>");
+        let commit = server.http.put(format!("{link}&comp=blocklist")).body(long).send();
+        let reply = tokio::time::timeout(PATIENCE / 2, commit)
+            .await
+            .expect("an answer")
+            .unwrap();
+        assert_eq!(reply.headers()["x-ms-error-code"], "InvalidBlockList");
         server.stop().await;
     }
 }
 
+/// Clients before 2.2 open as many requests as an artifact has blocks, up to 300.
 #[tokio::test(flavor = "multi_thread")]
 async fn many_blocks_at_once_queue() {
     for backend in Backend::ALL {

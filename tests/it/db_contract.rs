@@ -676,7 +676,13 @@ async fn many_blocks_become_content_in_their_order(place: Place) {
         place.stage(blob, id, 2).await;
     }
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
-    assert_eq!(place.commit(blob, &latest(&ids)).await.unwrap(), Committed::Done);
+    let (db, list) = (place.db.clone(), latest(&ids));
+    // On a thread that has other tasks.
+    let committed = tokio::spawn(async move {
+        let durable = db.listed_blocks(blob, &list).await?;
+        db.commit_block_list(blob, &list, &durable, None, NOW).await
+    });
+    assert_eq!(committed.await.unwrap().unwrap(), Committed::Done);
     let content = place.db.content_blocks(blob, 0, 2_400).await.unwrap();
     assert!(content.iter().map(|(start, _)| *start).eq((0..1_200).map(|i| 2 * i)));
     let listed = place.db.listed_blocks(blob, &latest(&ids)).await.unwrap();
