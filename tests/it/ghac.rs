@@ -38,7 +38,7 @@ async fn run(backend: Backend, service_v2: &str) {
 /// Not skipped: each of the other tests here runs it in a process of its own with `--ignored`, and fails unless it
 /// passed. In this process there is no server to find.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the others run it, in the environment of a job"]
+#[ignore = "not skipped: the others run it with --ignored, in the environment of a job, and fail unless it passed"]
 async fn in_a_job() {
     opendal::install_default();
     let cache = Operator::new(Ghac::default()).unwrap();
