@@ -51,6 +51,10 @@ pub struct Report {
 const LEASE: &str = "cleaner";
 /// Blobs, and objects of each, that are deleted at once: a bucket answers after tens of milliseconds.
 const AT_ONCE: usize = 8;
+/// So many times as long as a step took, the cleaner rests before the next.
+const RESTS_PER_STEP: u32 = 20;
+/// A slow database makes long steps. Shorter than any lease, which is renewed before each step.
+const LONGEST_REST: Duration = Duration::from_secs(1);
 /// More than this off the database's clock, a replica does not trust its own and does not clean.
 const MAX_CLOCK_SKEW_MS: i64 = 60_000;
 
@@ -476,7 +480,8 @@ async fn sum(so_far: u64, more: u64) -> Result<u64> {
     Ok(so_far + more)
 }
 
-/// Rests for as long as a step lasted, so that requests which waited for it have the database to themselves.
+/// Rests between two steps, so that nearly all requests find the database and the processor free.
 async fn give_way(begun: Instant) {
-    tokio::time::sleep(begun.elapsed()).await;
+    let rest = begun.elapsed() * RESTS_PER_STEP;
+    tokio::time::sleep(rest.min(LONGEST_REST)).await;
 }
