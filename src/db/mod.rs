@@ -263,10 +263,14 @@ impl From<rusqlite::Error> for Error {
     }
 }
 
+fn unavailable() -> Error {
+    Error::Busy("the database is not available, try again".to_owned())
+}
+
 fn from_database(error: &dyn std::error::Error, transient: bool) -> Error {
     if transient {
         tracing::warn!(%error, "the database did not do what was asked");
-        Error::Busy("the database is not available, try again".to_owned())
+        unavailable()
     } else {
         Error::Internal(format!("database: {error}"))
     }

@@ -4,17 +4,19 @@
 //! for another process does not: opening a connection, committing what is synced, copying the log into the database.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::session::Lane;
 use super::sql::SqlError;
+use super::unavailable;
 use crate::error::{Error, Result};
 
 /// A writer queues behind the others, so it may wait longer than one on Postgres.
@@ -25,10 +27,13 @@ const KEPT_STATEMENTS: usize = 256;
 /// After so many changed rows, some 16 MiB of log, it is copied into the database. SQLite's own rule makes somebody's
 /// COMMIT do it, and wait for the disk.
 const ROWS_PER_CHECKPOINT: u64 = 1000;
+/// Transactions that one COMMIT keeps, so that nobody waits for long behind a crowd.
+const MAX_GROUP: usize = 64;
 
 /// SQLite has one writer at a time. Writers wait for their turn in a fair queue: SQLite itself would let them poll the
 /// file's lock, asleep between two looks. They share a connection, because one forgets its pages when another has
-/// written.
+/// written; and as long as others wait they share a COMMIT, because that is most of what writing costs. Whoever is
+/// last commits for all, and until then nobody is told that anything was done.
 #[derive(Clone, Debug)]
 pub struct Sqlite {
     readers: Arc<Pool>,
@@ -45,6 +50,8 @@ struct Pool {
     idle: Mutex<Vec<Kept>>,
     /// As many as may be lent at once.
     places: Arc<Semaphore>,
+    /// Who waits for one of them.
+    waiting: AtomicUsize,
     /// Rows that were changed since the log was last copied.
     changed_rows: AtomicU64,
     /// The next COMMIT may begin the log anew, and then syncs its head.
@@ -57,6 +64,15 @@ struct Kept {
     connection: Connection,
     /// `synchronous=FULL`: its COMMIT waits for the disk. Otherwise `NORMAL`: what it commits survives the process.
     syncs: bool,
+    /// Those who did their part of the transaction that is open.
+    group: Option<Group>,
+}
+
+/// Transactions that are done except for their COMMIT. Dropped without an outcome, all are lost.
+#[derive(Debug)]
+struct Group {
+    members: usize,
+    committed: watch::Sender<bool>,
 }
 
 impl Sqlite {
@@ -69,6 +85,7 @@ impl Sqlite {
                 writes,
                 idle: Mutex::default(),
                 places: Arc::new(Semaphore::new(places as usize)),
+                waiting: AtomicUsize::new(0),
                 changed_rows: AtomicU64::new(0),
                 log_restarts: AtomicBool::new(true),
             };
@@ -112,10 +129,13 @@ impl Sqlite {
 
 impl Pool {
     async fn lend(self: &Arc<Self>) -> Result<Lent> {
+        let mut waiting = Waiting::for_place_of(self);
         let place = timeout(TIMEOUT, Arc::clone(&self.places).acquire_owned())
             .await
             .map_err(|_| sqlx::Error::PoolTimedOut)?
             .map_err(|_| sqlx::Error::PoolClosed)?;
+        waiting.in_vain = false;
+        drop(waiting);
         let idle = self.idle().pop();
         let kept = match idle {
             Some(kept) => kept,
@@ -127,9 +147,19 @@ impl Pool {
         Ok(Lent {
             changed_rows: kept.connection.total_changes(),
             kept: Some(kept),
+            part: Part::None,
             pool: Arc::clone(self),
             _place: place,
         })
+    }
+
+    /// Commits what a group did whose next member went away.
+    fn settle_soon(self: &Arc<Self>) {
+        if let Ok(runtime) = Handle::try_current() {
+            let pool = Arc::clone(self);
+            // Whoever hears nothing of its transaction takes it for lost.
+            runtime.spawn(async move { pool.lend().await?.settled().await.map(drop) });
+        }
     }
 
     /// Copies the log beside the writers, and in a turn of its own what they added meanwhile. Without that turn the log
@@ -142,7 +172,7 @@ impl Pool {
         let copied = async {
             let pool = Arc::clone(&self);
             blocking(move || copy(&pool.connect()?.connection)).await??;
-            let lent = self.lend().await?;
+            let lent = self.lend().await?.settled().await?;
             let _lent = blocking(move || copy(lent.connection()?).map(|()| lent)).await??;
             self.log_restarts.store(true, Ordering::Relaxed);
             Ok::<_, Error>(())
@@ -170,6 +200,7 @@ impl Pool {
         Ok(Kept {
             connection,
             syncs: false,
+            group: None,
         })
     }
 
@@ -185,15 +216,48 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
         .map_err(|error| Error::Internal(format!("the database's work was lost: {error}")))
 }
 
-/// A connection in use. It goes back when this is dropped, and what it did not commit is rolled back.
+/// Somebody who waits for a connection, as long as it lives.
+struct Waiting<'a> {
+    pool: &'a Arc<Pool>,
+    /// Goes away without one. A group may have been left to this one.
+    in_vain: bool,
+}
+
+impl<'a> Waiting<'a> {
+    fn for_place_of(pool: &'a Arc<Pool>) -> Self {
+        pool.waiting.fetch_add(1, Ordering::SeqCst);
+        Self { pool, in_vain: true }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.pool.waiting.fetch_sub(1, Ordering::SeqCst);
+        if self.in_vain && self.pool.writes {
+            self.pool.settle_soon();
+        }
+    }
+}
+
+/// A connection in use. It goes back when this is dropped, and what was not done to its end is rolled back.
 #[derive(Debug)]
 pub struct Lent {
     /// There until it is dropped.
     kept: Option<Kept>,
     /// What the connection had changed before.
     changed_rows: u64,
+    part: Part,
     pool: Arc<Pool>,
     _place: OwnedSemaphorePermit,
+}
+
+/// What of the transaction on a connection is to be rolled back, if nothing else becomes of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    None,
+    /// What came after the savepoint that follows the rest of the group.
+    Savepoint,
+    Everything,
 }
 
 impl Lent {
@@ -210,12 +274,19 @@ impl Lent {
         Ok(())
     }
 
-    /// Begins a transaction. Only another process, such as a command of the operator's, can make it wait.
+    /// Begins a transaction, or goes on with that of a group. Only another process, such as a command of the operator's,
+    /// can make it wait.
     async fn begin(mut self, synced: bool) -> Result<Self> {
         const BEGIN: &str = "BEGIN IMMEDIATE";
+        if self.is_in_group() && (self.syncs() || !synced) {
+            self.run("SAVEPOINT part")?;
+            self.part = Part::Savepoint;
+            return Ok(self);
+        }
+        self = self.settled().await?;
         self.set_syncs(synced)?;
         match self.run(BEGIN) {
-            Ok(()) => Ok(self),
+            Ok(()) => {}
             Err(SqlError::Sqlite(error)) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => {
                 let begun = blocking(move || {
                     self.connection()?.busy_timeout(TIMEOUT)?;
@@ -223,10 +294,20 @@ impl Lent {
                     self.connection()?.busy_timeout(Duration::ZERO)?;
                     begun.map(|()| self)
                 });
-                Ok(begun.await??)
+                self = begun.await??;
             }
-            Err(error) => Err(error.into()),
+            Err(error) => return Err(error.into()),
         }
+        self.part = Part::Everything;
+        Ok(self)
+    }
+
+    fn is_in_group(&self) -> bool {
+        self.kept.as_ref().is_some_and(|kept| kept.group.is_some())
+    }
+
+    fn syncs(&self) -> bool {
+        self.kept.as_ref().is_some_and(|kept| kept.syncs)
     }
 
     fn set_syncs(&mut self, synced: bool) -> std::result::Result<(), SqlError> {
@@ -240,26 +321,75 @@ impl Lent {
         Ok(())
     }
 
-    /// Commits what was written, if this is a connection that writes.
-    pub(super) async fn commit(self) -> Result<()> {
-        const COMMIT: &str = "COMMIT";
+    /// Keeps what was written, if this is a connection that writes: with a COMMIT of its own, or with that of those who
+    /// wait.
+    pub(super) async fn commit(mut self) -> Result<()> {
         if !self.pool.writes {
             return Ok(());
         }
-        let syncs = self.kept.as_ref().is_some_and(|kept| kept.syncs);
-        let writes = self.connection()?.total_changes() > self.changed_rows;
-        let lent = if syncs || writes && self.pool.log_restarts.swap(false, Ordering::Relaxed) {
-            blocking(move || self.run(COMMIT).map(|()| self)).await??
-        } else {
-            self.run(COMMIT)?;
-            self
+        self.have_log_copied_if_due()?;
+        if self.part == Part::Savepoint {
+            self.run("RELEASE part")?;
+            self.part = Part::None;
+        }
+        let Some(mut committed) = self.join_group() else {
+            return self.commit_all().await.map(drop);
         };
-        lent.checkpoint_if_due()?;
-        Ok(())
+        drop(self);
+        // The sender is gone if the group was lost.
+        let outcome = committed.wait_for(|committed| *committed).await;
+        outcome.map(drop).map_err(|_| unavailable())
     }
 
-    /// Gives the turn back, and has the log copied into the database once it is long.
-    fn checkpoint_if_due(self) -> std::result::Result<(), SqlError> {
+    /// Leaves the COMMIT to whoever waits next. `None` if nobody does, or if the group is large enough.
+    fn join_group(&mut self) -> Option<watch::Receiver<bool>> {
+        if self.pool.waiting.load(Ordering::SeqCst) == 0 {
+            return None;
+        }
+        let group = self.kept.as_mut()?.group.get_or_insert_with(|| Group {
+            members: 0,
+            committed: watch::Sender::new(false),
+        });
+        group.members += 1;
+        self.part = Part::None;
+        (group.members < MAX_GROUP).then(|| group.committed.subscribe())
+    }
+
+    /// Commits what a group did, so that no transaction is open.
+    async fn settled(mut self) -> Result<Self> {
+        while self.is_in_group() {
+            let pool = Arc::clone(&self.pool);
+            self = match self.commit_all().await {
+                Ok(lent) => lent,
+                // It is the group's loss.
+                Err(_) => pool.lend().await?,
+            };
+        }
+        Ok(self)
+    }
+
+    async fn commit_all(mut self) -> Result<Self> {
+        let writes = self.is_in_group() || self.connection()?.total_changes() > self.changed_rows;
+        self.part = Part::Everything;
+        let committed = if self.syncs() || writes && self.pool.log_restarts.swap(false, Ordering::Relaxed) {
+            blocking(move || self.commit_here()).await?
+        } else {
+            self.commit_here()
+        };
+        Ok(committed?)
+    }
+
+    fn commit_here(mut self) -> std::result::Result<Self, SqlError> {
+        self.run("COMMIT")?;
+        self.part = Part::None;
+        if let Some(group) = self.kept.as_mut().and_then(|kept| kept.group.take()) {
+            group.committed.send_replace(true);
+        }
+        Ok(self)
+    }
+
+    /// Has the log copied into the database once it is long.
+    fn have_log_copied_if_due(&self) -> std::result::Result<(), SqlError> {
         let changed = self.connection()?.total_changes() - self.changed_rows;
         let changed_before = self.pool.changed_rows.fetch_add(changed, Ordering::Relaxed);
         if changed_before + changed >= ROWS_PER_CHECKPOINT {
@@ -268,16 +398,35 @@ impl Lent {
         }
         Ok(())
     }
+
+    /// `false` if the connection is no longer fit for use.
+    fn roll_back(&self, kept: &mut Kept) -> bool {
+        // SQLite itself rolls back everything when, say, the disk is full.
+        let gone = kept.connection.is_autocommit();
+        let undo = match self.part {
+            Part::None => return true,
+            Part::Savepoint if !gone => "ROLLBACK TO part; RELEASE part",
+            Part::Savepoint | Part::Everything => {
+                kept.group = None;
+                "ROLLBACK"
+            }
+        };
+        gone || kept.connection.execute_batch(undo).is_ok()
+    }
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        let Some(kept) = self.kept.take() else {
+        let Some(mut kept) = self.kept.take() else {
             return;
         };
-        // A transaction may be over without having been ended: SQLite rolls back itself when the disk is full.
-        if kept.connection.is_autocommit() || kept.connection.execute_batch("ROLLBACK").is_ok() {
-            self.pool.idle().push(kept);
+        if !self.roll_back(&mut kept) {
+            return;
+        }
+        let is_open = kept.group.is_some();
+        self.pool.idle().push(kept);
+        if is_open && self.pool.waiting.load(Ordering::SeqCst) == 0 {
+            self.pool.settle_soon();
         }
     }
 }

@@ -1,10 +1,16 @@
 //! What only SQLite's connections do: wait for other processes without holding up this one, and keep the log short.
 
 use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use futures_util::future::join_all;
+use futures_util::poll;
 use secrecy::SecretString;
 use sqlx::{Connection, Executor, SqliteConnection};
-use wharfinger::db::{Db, Lane, Settings};
+use uuid::Uuid;
+use wharfinger::db::{Db, Lane, Lent, Settings, Sqlite};
 use wharfinger::error::Error;
 use wharfinger::model::{BlobId, Block, ObjectKey};
 
@@ -95,4 +101,153 @@ async fn the_log_is_copied_and_begins_anew() {
         longest = pages;
     }
     panic!("the log has {longest} pages and never began anew");
+}
+
+// Writers that wait for each other. On one thread, so that all of them wait before the first goes on.
+
+const WRITERS: usize = 20;
+
+fn sqlite(db: &Db) -> &Sqlite {
+    match db {
+        Db::Sqlite(sqlite) => sqlite,
+        Db::Postgres(_) => panic!("not SQLite"),
+    }
+}
+
+/// Counts the writer's COMMITs; each fails as long as `fails`.
+fn count_commits(lent: &Lent, fails: bool) -> Arc<AtomicU64> {
+    let commits = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&commits);
+    let hook = move || {
+        count.fetch_add(1, Ordering::Relaxed);
+        fails
+    };
+    lent.connection().unwrap().commit_hook(Some(hook)).unwrap();
+    commits
+}
+
+fn insert(lent: &Lent, name: &str) {
+    let write = "INSERT INTO properties (name, value) VALUES (?1, 'there')";
+    assert_eq!(lent.connection().unwrap().execute(write, [name]).unwrap(), 1);
+}
+
+async fn write(db: &Db, lane: Lane) {
+    match lane {
+        Lane::Staging => drop(db.take_lease("lease", Uuid::new_v4(), NOW, NOW).await.unwrap()),
+        Lane::Durable => drop(db.set_property_once("property", "there").await.unwrap()),
+        Lane::Reading => panic!("writes nothing"),
+    }
+}
+
+#[tokio::test]
+async fn writers_that_wait_share_a_commit() {
+    let directory = tempfile::tempdir().unwrap();
+    let db = database(directory.path()).await;
+    let first = sqlite(&db).lend(Lane::Durable).await.unwrap();
+    let commits = count_commits(&first, false);
+    let writers: Vec<_> = (0..WRITERS)
+        .map(|number| {
+            let db = db.clone();
+            tokio::spawn(async move {
+                let name = format!("property-{number}");
+                if number % 3 == 1 {
+                    // What is dropped is rolled back, and only that.
+                    let lent = sqlite(&db).lend(Lane::Durable).await.unwrap();
+                    insert(&lent, &name);
+                } else {
+                    db.set_property_once(&name, "there").await.unwrap();
+                    assert_eq!(db.property(&name).await.unwrap().as_deref(), Some("there"));
+                }
+            })
+        })
+        .collect();
+    tokio::task::yield_now().await;
+    drop(first);
+    for writer in join_all(writers).await {
+        writer.unwrap();
+    }
+    assert_eq!(commits.load(Ordering::Relaxed), 1);
+    for number in 0..WRITERS {
+        let there = db.property(&format!("property-{number}")).await.unwrap();
+        assert_eq!(there.is_some(), number % 3 != 1, "{number}");
+    }
+}
+
+#[tokio::test]
+async fn a_shared_commit_that_fails_is_nobodys() {
+    let directory = tempfile::tempdir().unwrap();
+    let db = database(directory.path()).await;
+    let first = sqlite(&db).lend(Lane::Durable).await.unwrap();
+    count_commits(&first, true);
+    let names: Vec<_> = (0..WRITERS).map(|number| number.to_string()).collect();
+    let writers = join_all(names.iter().map(|name| db.set_property_once(name, "there")));
+    let outcomes = tokio::join!(writers, async { drop(first) }).0;
+    assert!(outcomes.iter().all(Result::is_err));
+    for name in &names {
+        assert_eq!(db.property(name).await.unwrap(), None);
+    }
+    count_commits(&sqlite(&db).lend(Lane::Durable).await.unwrap(), false);
+    assert_eq!(db.set_property_once("next", "there").await.unwrap(), "there");
+}
+
+// SQLite itself then rolls back what all of them did.
+#[tokio::test]
+async fn who_fills_the_database_takes_the_others_along() {
+    let directory = tempfile::tempdir().unwrap();
+    let db = database(directory.path()).await;
+    let first = sqlite(&db).lend(Lane::Durable).await.unwrap();
+    let connection = first.connection().unwrap();
+    let pages: i64 = connection.query_row("PRAGMA page_count", [], |row| row.get(0)).unwrap();
+    let limit = format!("PRAGMA max_page_count = {}", pages + 2);
+    connection.query_row(&limit, [], |_| Ok(())).unwrap();
+    let huge = "x".repeat(1 << 20);
+    let writers = join_all(
+        [("before", "there"), ("huge", &huge), ("after", "there")].map(|(name, value)| {
+            let db = db.clone();
+            async move { db.set_property_once(name, value).await.is_ok() }
+        }),
+    );
+    let done = tokio::join!(writers, async { drop(first) }).0;
+    assert_eq!(done, [false, false, true]);
+    assert_eq!(db.property("before").await.unwrap(), None);
+    assert_eq!(db.property("after").await.unwrap().as_deref(), Some("there"));
+}
+
+// Otherwise the first would wait for a COMMIT that nobody is left to do.
+#[tokio::test]
+async fn a_writer_that_goes_away_before_its_turn_leaves_nobody_waiting() {
+    let directory = tempfile::tempdir().unwrap();
+    let db = database(directory.path()).await;
+    let lent = sqlite(&db).lend(Lane::Durable).await.unwrap();
+    let first = tokio::spawn({
+        let db = db.clone();
+        async move { db.set_property_once("first", "there").await }
+    });
+    tokio::task::yield_now().await;
+    {
+        let mut second = pin!(sqlite(&db).lend(Lane::Durable));
+        assert!(poll!(&mut second).is_pending());
+        drop(lent);
+        tokio::task::yield_now().await;
+        assert_eq!(db.property("first").await.unwrap(), None);
+        assert!(!first.is_finished());
+    }
+    assert_eq!(first.await.unwrap().unwrap(), "there");
+}
+
+#[tokio::test]
+async fn what_is_to_survive_a_power_cut_joins_no_commit_that_is_not_synced() {
+    let directory = tempfile::tempdir().unwrap();
+    let db = database(directory.path()).await;
+    for (lanes, commits_needed) in [
+        ([Lane::Staging, Lane::Durable], 2),
+        ([Lane::Durable, Lane::Staging], 1),
+        ([Lane::Staging, Lane::Staging], 1),
+    ] {
+        let first = sqlite(&db).lend(Lane::Staging).await.unwrap();
+        let commits = count_commits(&first, false);
+        let writers = join_all(lanes.map(|lane| write(&db, lane)));
+        tokio::join!(writers, async { drop(first) });
+        assert_eq!(commits.load(Ordering::Relaxed), commits_needed, "{lanes:?}");
+    }
 }
