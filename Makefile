@@ -30,9 +30,10 @@ test-long:
 	tests/with-seaweedfs.sh tests/with-postgres.sh cargo test --release --locked # all tests, on a real S3
 
 # Everything takes about an hour; `make bench BENCH="--rounds 1 --only ingest --servers wharfinger,nginx"` a minute.
+# Built as the container image is, which takes some minutes.
 bench:
 	tests/install.sh bench
-	cargo bench --locked --bench bench -- $(BENCH)
+	cargo bench --profile dist --locked --bench bench -- $(BENCH)
 
 # Every parser for FUZZ_SECONDS (60); `make fuzz FUZZ="range token"` some of them. Fails if one finds something.
 fuzz:

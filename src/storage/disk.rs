@@ -124,10 +124,10 @@ impl Disk {
         Ok(intake.crc64())
     }
 
-    /// Writes what comes next: on this thread as long as that is a copy into the page cache and no more. A new file is
-    /// always for a blocking thread, since the file system may have to read or to wait for its journal.
+    /// Writes what comes next: on this thread as long as that is a copy into the page cache and no more. The file is made
+    /// with its first bytes; a file system that waits for its journal then counts as slow, as when it waits for the disk.
     async fn put_some(&self, mut partial: Partial, intake: &mut Intake) -> Result<(Partial, Result<()>)> {
-        let in_place = partial.file.is_some() && self.0.pace.is_quick();
+        let in_place = self.0.pace.is_quick();
         let frames = match batch(intake, if in_place { IN_PLACE_BYTES } else { WRITE_BATCH_BYTES }).await {
             Ok(frames) => frames,
             Err(error) => return Ok((partial, Err(error))),
