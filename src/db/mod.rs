@@ -72,8 +72,11 @@ macro_rules! transaction {
             let ended: std::result::Result<_, $crate::db::Failure> = async {
                 let mut session = $db.begin($crate::db::Lane::$lane).await?;
                 let $tx = &mut session;
-                let value = $body;
-                session.end(value).await
+                let done: std::result::Result<_, $crate::db::Failure> = async { Ok($body) }.await;
+                match done {
+                    Ok(value) => session.end(value).await,
+                    Err(failure) => Err(session.fail(failure).await),
+                }
             }
             .await;
             match ended {

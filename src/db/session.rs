@@ -68,6 +68,18 @@ impl Session {
         }
     }
 
+    /// Rolls back because of a failure. It may be about what others in the same SQLite transaction wrote, and is not told
+    /// if that is lost.
+    pub(super) async fn fail(self, failure: Failure) -> Failure {
+        match self {
+            Self::Postgres(_) | Self::PostgresTransaction(_) => failure,
+            Self::Sqlite(lent) => match lent.end(false).await {
+                Ok(()) => failure,
+                Err(lost) => Failure::Failed(lost),
+            },
+        }
+    }
+
     /// Commits, or rolls back if there is nothing to keep. A single statement on Postgres commits itself.
     pub(super) async fn end<T>(self, value: Option<T>) -> std::result::Result<Option<T>, Failure> {
         match self {
@@ -84,8 +96,7 @@ impl Session {
                     });
                 }
             }
-            Self::Sqlite(_) if value.is_none() => {}
-            Self::Sqlite(lent) => lent.commit().await?,
+            Self::Sqlite(lent) => lent.end(value.is_some()).await?,
         }
         Ok(value)
     }

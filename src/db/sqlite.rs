@@ -4,7 +4,7 @@
 //! for another process does not: opening a connection, committing what is synced, copying the log into the database.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -50,10 +50,8 @@ struct Pool {
     idle: Mutex<Vec<Kept>>,
     /// As many as may be lent at once.
     places: Arc<Semaphore>,
-    /// Who waits for one of them.
+    /// Who waits for the turn to write.
     waiting: AtomicUsize,
-    /// Rows that were changed since the log was last copied.
-    changed_rows: AtomicU64,
     /// The next COMMIT may begin the log anew, and then syncs its head.
     log_restarts: AtomicBool,
 }
@@ -61,11 +59,16 @@ struct Pool {
 /// A connection that is kept.
 #[derive(Debug)]
 struct Kept {
-    connection: Connection,
+    /// Boxed, because it is handed from one to the next.
+    connection: Box<Connection>,
     /// `synchronous=FULL`: its COMMIT waits for the disk. Otherwise `NORMAL`: what it commits survives the process.
     syncs: bool,
     /// Those who did their part of the transaction that is open.
     group: Option<Group>,
+    /// Rows that it had changed when it last committed.
+    committed_rows: u64,
+    /// And when the log was last copied.
+    copied_rows: u64,
 }
 
 /// Transactions that are done except for their COMMIT. Dropped without an outcome, all are lost.
@@ -86,7 +89,6 @@ impl Sqlite {
                 idle: Mutex::default(),
                 places: Arc::new(Semaphore::new(places as usize)),
                 waiting: AtomicUsize::new(0),
-                changed_rows: AtomicU64::new(0),
                 log_restarts: AtomicBool::new(true),
             };
             let first = pool.connect()?;
@@ -105,8 +107,8 @@ impl Sqlite {
     pub async fn lend(&self, lane: Lane) -> Result<Lent> {
         match lane {
             Lane::Reading => self.readers.lend().await,
-            Lane::Durable => self.writer.lend().await?.begin(self.synced).await,
-            Lane::Staging => self.writer.lend().await?.begin(false).await,
+            Lane::Durable => self.writer.turn().await?.begin(self.synced).await,
+            Lane::Staging => self.writer.turn().await?.begin(false).await,
         }
     }
 
@@ -116,6 +118,11 @@ impl Sqlite {
 
     /// Waits until all connections are back and closes them. Nobody is lent one afterwards.
     pub(super) async fn close(&self) {
+        // A writer may have left its COMMIT to this one.
+        if let Ok(turn) = self.writer.turn().await {
+            let _turn = turn.settled().await;
+            self.writer.places.close();
+        }
         for (pool, places) in [(&self.writer, 1), (&self.readers, READERS)] {
             let all = pool.places.acquire_many(places).await;
             pool.places.close();
@@ -128,14 +135,19 @@ impl Sqlite {
 }
 
 impl Pool {
+    /// As [`Pool::lend`], for the one that writes.
+    async fn turn(self: &Arc<Self>) -> Result<Lent> {
+        let mut waiting = Waiting::for_turn(self);
+        let lent = self.lend().await?;
+        waiting.in_vain = false;
+        Ok(lent)
+    }
+
     async fn lend(self: &Arc<Self>) -> Result<Lent> {
-        let mut waiting = Waiting::for_place_of(self);
         let place = timeout(TIMEOUT, Arc::clone(&self.places).acquire_owned())
             .await
             .map_err(|_| sqlx::Error::PoolTimedOut)?
             .map_err(|_| sqlx::Error::PoolClosed)?;
-        waiting.in_vain = false;
-        drop(waiting);
         let idle = self.idle().pop();
         let kept = match idle {
             Some(kept) => kept,
@@ -145,20 +157,23 @@ impl Pool {
             }
         };
         Ok(Lent {
-            changed_rows: kept.connection.total_changes(),
+            part: if kept.group.is_some() {
+                Part::Nothing
+            } else {
+                Part::Everything
+            },
             kept: Some(kept),
-            part: Part::None,
             pool: Arc::clone(self),
             _place: place,
         })
     }
 
-    /// Commits what a group did whose next member went away.
+    /// Commits what a group did, if its next member went away.
     fn settle_soon(self: &Arc<Self>) {
         if let Ok(runtime) = Handle::try_current() {
             let pool = Arc::clone(self);
-            // Whoever hears nothing of its transaction takes it for lost.
-            runtime.spawn(async move { pool.lend().await?.settled().await.map(drop) });
+            // Members learn from their group what becomes of it.
+            runtime.spawn(async move { pool.turn().await?.settled().await.map(drop) });
         }
     }
 
@@ -172,7 +187,7 @@ impl Pool {
         let copied = async {
             let pool = Arc::clone(&self);
             blocking(move || copy(&pool.connect()?.connection)).await??;
-            let lent = self.lend().await?.settled().await?;
+            let lent = self.turn().await?.settled().await?;
             let _lent = blocking(move || copy(lent.connection()?).map(|()| lent)).await??;
             self.log_restarts.store(true, Ordering::Relaxed);
             Ok::<_, Error>(())
@@ -198,9 +213,11 @@ impl Pool {
             connection.busy_timeout(Duration::ZERO)?;
         }
         Ok(Kept {
-            connection,
+            connection: connection.into(),
             syncs: false,
             group: None,
+            committed_rows: 0,
+            copied_rows: 0,
         })
     }
 
@@ -216,15 +233,15 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
         .map_err(|error| Error::Internal(format!("the database's work was lost: {error}")))
 }
 
-/// Somebody who waits for a connection, as long as it lives.
+/// Somebody who waits for the turn to write, as long as it lives.
 struct Waiting<'a> {
     pool: &'a Arc<Pool>,
-    /// Goes away without one. A group may have been left to this one.
+    /// It goes away without.
     in_vain: bool,
 }
 
 impl<'a> Waiting<'a> {
-    fn for_place_of(pool: &'a Arc<Pool>) -> Self {
+    fn for_turn(pool: &'a Arc<Pool>) -> Self {
         pool.waiting.fetch_add(1, Ordering::SeqCst);
         Self { pool, in_vain: true }
     }
@@ -232,8 +249,9 @@ impl<'a> Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.pool.waiting.fetch_sub(1, Ordering::SeqCst);
-        if self.in_vain && self.pool.writes {
+        let is_last = self.pool.waiting.fetch_sub(1, Ordering::SeqCst) == 1;
+        // A group may have been left to this one.
+        if self.in_vain && is_last && !self.pool.places.is_closed() {
             self.pool.settle_soon();
         }
     }
@@ -244,17 +262,16 @@ impl Drop for Waiting<'_> {
 pub struct Lent {
     /// There until it is dropped.
     kept: Option<Kept>,
-    /// What the connection had changed before.
-    changed_rows: u64,
     part: Part,
     pool: Arc<Pool>,
     _place: OwnedSemaphorePermit,
 }
 
-/// What of the transaction on a connection is to be rolled back, if nothing else becomes of it.
+/// What of a transaction that may be open is to be rolled back, if nothing else becomes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
-    None,
+    /// It is the group's.
+    Nothing,
     /// What came after the savepoint that follows the rest of the group.
     Savepoint,
     Everything,
@@ -265,7 +282,7 @@ impl Lent {
     pub fn connection(&self) -> std::result::Result<&Connection, SqlError> {
         self.kept
             .as_ref()
-            .map(|kept| &kept.connection)
+            .map(|kept| &*kept.connection)
             .ok_or(SqlError::Postgres(sqlx::Error::PoolClosed))
     }
 
@@ -278,7 +295,7 @@ impl Lent {
     /// can make it wait.
     async fn begin(mut self, synced: bool) -> Result<Self> {
         const BEGIN: &str = "BEGIN IMMEDIATE";
-        if self.is_in_group() && (self.syncs() || !synced) {
+        if self.joins(synced) {
             self.run("SAVEPOINT part")?;
             self.part = Part::Savepoint;
             return Ok(self);
@@ -286,7 +303,7 @@ impl Lent {
         self = self.settled().await?;
         self.set_syncs(synced)?;
         match self.run(BEGIN) {
-            Ok(()) => {}
+            Ok(()) => Ok(self),
             Err(SqlError::Sqlite(error)) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => {
                 let begun = blocking(move || {
                     self.connection()?.busy_timeout(TIMEOUT)?;
@@ -294,20 +311,26 @@ impl Lent {
                     self.connection()?.busy_timeout(Duration::ZERO)?;
                     begun.map(|()| self)
                 });
-                self = begun.await??;
+                Ok(begun.await??)
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => Err(error.into()),
         }
-        self.part = Part::Everything;
-        Ok(self)
+    }
+
+    /// Makes this a member of the group that there is, if its COMMIT is good enough.
+    fn joins(&mut self, synced: bool) -> bool {
+        let Some(kept) = &mut self.kept else { return false };
+        match &mut kept.group {
+            Some(group) if group.members < MAX_GROUP && (kept.syncs || !synced) => {
+                group.members += 1;
+                true
+            }
+            _ => false,
+        }
     }
 
     fn is_in_group(&self) -> bool {
         self.kept.as_ref().is_some_and(|kept| kept.group.is_some())
-    }
-
-    fn syncs(&self) -> bool {
-        self.kept.as_ref().is_some_and(|kept| kept.syncs)
     }
 
     fn set_syncs(&mut self, synced: bool) -> std::result::Result<(), SqlError> {
@@ -321,19 +344,21 @@ impl Lent {
         Ok(())
     }
 
-    /// Keeps what was written, if this is a connection that writes: with a COMMIT of its own, or with that of those who
-    /// wait.
-    pub(super) async fn commit(mut self) -> Result<()> {
-        if !self.pool.writes {
+    /// Keeps what was written, or takes it back. Whoever takes it back waits for its group as well: the reason may lie in
+    /// what others wrote.
+    pub(super) async fn end(mut self, keep: bool) -> Result<()> {
+        if !self.pool.writes || !keep && (self.part == Part::Everything || self.connection()?.is_autocommit()) {
             return Ok(());
         }
-        self.have_log_copied_if_due()?;
         if self.part == Part::Savepoint {
+            if !keep {
+                self.run("ROLLBACK TO part")?;
+            }
             self.run("RELEASE part")?;
-            self.part = Part::None;
+            self.part = Part::Nothing;
         }
-        let Some(mut committed) = self.join_group() else {
-            return self.commit_all().await.map(drop);
+        let Some(mut committed) = self.left_to_next() else {
+            return self.commit().await.map(drop);
         };
         drop(self);
         // The sender is gone if the group was lost.
@@ -341,37 +366,42 @@ impl Lent {
         outcome.map(drop).map_err(|_| unavailable())
     }
 
-    /// Leaves the COMMIT to whoever waits next. `None` if nobody does, or if the group is large enough.
-    fn join_group(&mut self) -> Option<watch::Receiver<bool>> {
+    /// Leaves the COMMIT to whoever waits next, if somebody does.
+    fn left_to_next(&mut self) -> Option<watch::Receiver<bool>> {
         if self.pool.waiting.load(Ordering::SeqCst) == 0 {
             return None;
         }
         let group = self.kept.as_mut()?.group.get_or_insert_with(|| Group {
-            members: 0,
+            members: 1,
             committed: watch::Sender::new(false),
         });
-        group.members += 1;
-        self.part = Part::None;
-        (group.members < MAX_GROUP).then(|| group.committed.subscribe())
+        self.part = Part::Nothing;
+        Some(group.committed.subscribe())
     }
 
     /// Commits what a group did, so that no transaction is open.
     async fn settled(mut self) -> Result<Self> {
         while self.is_in_group() {
             let pool = Arc::clone(&self.pool);
-            self = match self.commit_all().await {
+            self = match self.commit().await {
                 Ok(lent) => lent,
-                // It is the group's loss.
-                Err(_) => pool.lend().await?,
+                Err(error) => {
+                    tracing::warn!(%error, "what others wrote was not committed");
+                    pool.turn().await?
+                }
             };
         }
         Ok(self)
     }
 
-    async fn commit_all(mut self) -> Result<Self> {
-        let writes = self.is_in_group() || self.connection()?.total_changes() > self.changed_rows;
+    /// Commits all that was done, whoever did it.
+    async fn commit(mut self) -> Result<Self> {
         self.part = Part::Everything;
-        let committed = if self.syncs() || writes && self.pool.log_restarts.swap(false, Ordering::Relaxed) {
+        let waits = self.kept.as_ref().is_some_and(|kept| {
+            let writes = kept.connection.total_changes() > kept.committed_rows;
+            kept.syncs || writes && self.pool.log_restarts.swap(false, Ordering::Relaxed)
+        });
+        let committed = if waits {
             blocking(move || self.commit_here()).await?
         } else {
             self.commit_here()
@@ -381,37 +411,35 @@ impl Lent {
 
     fn commit_here(mut self) -> std::result::Result<Self, SqlError> {
         self.run("COMMIT")?;
-        self.part = Part::None;
-        if let Some(group) = self.kept.as_mut().and_then(|kept| kept.group.take()) {
-            group.committed.send_replace(true);
+        if let Some(kept) = &mut self.kept {
+            kept.committed_rows = kept.connection.total_changes();
+            if let Some(group) = kept.group.take() {
+                group.committed.send_replace(true);
+            }
+            if kept.committed_rows - kept.copied_rows >= ROWS_PER_CHECKPOINT {
+                kept.copied_rows = kept.committed_rows;
+                tokio::spawn(Arc::clone(&self.pool).checkpoint());
+            }
         }
         Ok(self)
     }
 
-    /// Has the log copied into the database once it is long.
-    fn have_log_copied_if_due(&self) -> std::result::Result<(), SqlError> {
-        let changed = self.connection()?.total_changes() - self.changed_rows;
-        let changed_before = self.pool.changed_rows.fetch_add(changed, Ordering::Relaxed);
-        if changed_before + changed >= ROWS_PER_CHECKPOINT {
-            self.pool.changed_rows.store(0, Ordering::Relaxed);
-            tokio::spawn(Arc::clone(&self.pool).checkpoint());
-        }
-        Ok(())
-    }
-
     /// `false` if the connection is no longer fit for use.
     fn roll_back(&self, kept: &mut Kept) -> bool {
-        // SQLite itself rolls back everything when, say, the disk is full.
-        let gone = kept.connection.is_autocommit();
+        // Also what SQLite itself rolled back, say because the disk is full.
+        if kept.connection.is_autocommit() {
+            kept.group = None;
+            return true;
+        }
         let undo = match self.part {
-            Part::None => return true,
-            Part::Savepoint if !gone => "ROLLBACK TO part; RELEASE part",
-            Part::Savepoint | Part::Everything => {
+            Part::Nothing => return true,
+            Part::Savepoint => "ROLLBACK TO part; RELEASE part",
+            Part::Everything => {
                 kept.group = None;
                 "ROLLBACK"
             }
         };
-        gone || kept.connection.execute_batch(undo).is_ok()
+        kept.connection.execute_batch(undo).is_ok()
     }
 }
 

@@ -53,7 +53,7 @@ const LEASE: &str = "cleaner";
 const AT_ONCE: usize = 8;
 /// So many times as long as a step took, the cleaner rests before the next.
 const RESTS_PER_STEP: u32 = 20;
-/// A slow database makes long steps. Shorter than any lease, which is renewed before each step.
+/// A slow database makes long steps. The lease, which is renewed before each of them, should last longer.
 const LONGEST_REST: Duration = Duration::from_secs(1);
 /// More than this off the database's clock, a replica does not trust its own and does not clean.
 const MAX_CLOCK_SKEW_MS: i64 = 60_000;

@@ -23,7 +23,7 @@ use uuid::Uuid;
 
 use super::buffers::Buffers;
 use super::intake::Intake;
-use super::pace::Pace;
+use super::pace::{Pace, Writing};
 use super::{Durability, Listed, MARKER, MARKER_MAX_BYTES, OpenError, damage, fetch, page_cache};
 use crate::error::{Error, Result};
 use crate::model::{BlobId, ObjectKey};
@@ -133,7 +133,12 @@ impl Disk {
             Err(error) => return Ok((partial, Err(error))),
         };
         if in_place && let Some(_turn) = self.0.pace.turn() {
-            let outcome = self.0.pace.watch(|| partial.append(&frames));
+            let kind = if partial.file.is_some() {
+                Writing::More
+            } else {
+                Writing::NewFile
+            };
+            let outcome = self.0.pace.watch(kind, || partial.append(&frames));
             return Ok((partial, outcome.map_err(put_failed)));
         }
         let append = move || {

@@ -1,7 +1,8 @@
 //! Whether the disk takes what is written to it at once.
 //!
 //! As long as the kernel has room for bytes that are not on the disk yet, a write is a copy of memory. When it has none,
-//! it lets the writer sleep. `disk.rs` writes on async threads in the first case only; each such write tells which it is.
+//! it lets the writer sleep. The same goes for new files and the file system's journal. `disk.rs` writes on async threads
+//! in the first case only; each such write tells which it is.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,10 +17,18 @@ const ENOUGH: u32 = 2;
 /// How long nothing is expected of a disk that was slow.
 const REST: Duration = Duration::from_secs(10);
 
+/// What is written. They wait for different things, so that a quick one of one kind says nothing of the other.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Writing {
+    NewFile,
+    More,
+}
+
 /// Quick until writes were slow.
 #[derive(Debug)]
 pub(super) struct Pace {
-    slow_in_a_row: AtomicU32,
+    /// By kind.
+    slow_in_a_row: [AtomicU32; 2],
     last_slow: Mutex<Option<Instant>>,
     turns: Semaphore,
 }
@@ -28,7 +37,7 @@ impl Pace {
     /// For a runtime that has so many threads for tasks.
     pub(super) fn new(workers: usize) -> Self {
         Self {
-            slow_in_a_row: AtomicU32::new(0),
+            slow_in_a_row: Default::default(),
             last_slow: Mutex::default(),
             // To keep one of two free would cost a seventh of their speed.
             turns: Semaphore::new(workers.saturating_sub(1).max(2)),
@@ -46,17 +55,18 @@ impl Pace {
     }
 
     /// Does some writing in place and remembers if it was slow.
-    pub(super) fn watch<T>(&self, write: impl FnOnce() -> T) -> T {
+    pub(super) fn watch<T>(&self, kind: Writing, write: impl FnOnce() -> T) -> T {
         let begun = Instant::now();
         let result = write();
-        self.note(begun.elapsed());
+        self.note(kind, begun.elapsed());
         result
     }
 
-    fn note(&self, took: Duration) {
+    fn note(&self, kind: Writing, took: Duration) {
+        let slow_in_a_row = &self.slow_in_a_row[kind as usize];
         if took <= SLOW {
-            self.slow_in_a_row.store(0, Ordering::Relaxed);
-        } else if self.slow_in_a_row.fetch_add(1, Ordering::Relaxed) + 1 >= ENOUGH {
+            slow_in_a_row.store(0, Ordering::Relaxed);
+        } else if slow_in_a_row.fetch_add(1, Ordering::Relaxed) + 1 >= ENOUGH {
             *self.last_slow() = Some(Instant::now());
         }
     }
@@ -72,18 +82,34 @@ mod tests {
 
     #[test]
     fn two_slow_writes_in_a_row_are_enough_to_be_careful_for_a_while() {
-        let (pace, slow) = (Pace::new(2), SLOW + Duration::from_millis(1));
-        assert_eq!(pace.watch(|| 7), 7);
-        for took in [SLOW, SLOW, slow, SLOW, slow] {
-            pace.note(took);
+        for kind in [Writing::NewFile, Writing::More] {
+            let (pace, slow) = (Pace::new(2), SLOW + Duration::from_millis(1));
+            assert_eq!(pace.watch(kind, || 7), 7);
+            for took in [SLOW, SLOW, slow, SLOW, slow] {
+                pace.note(kind, took);
+                assert!(pace.is_quick());
+            }
+            pace.note(kind, slow);
+            assert!(!pace.is_quick());
+            pace.note(kind, Duration::ZERO);
+            assert!(!pace.is_quick());
+            *pace.last_slow() = Instant::now().checked_sub(2 * REST);
             assert!(pace.is_quick());
         }
-        pace.note(slow);
+    }
+
+    #[test]
+    fn quick_writes_do_not_hide_slow_new_files() {
+        let (pace, slow) = (Pace::new(2), 2 * SLOW);
+        for (kind, took) in [
+            (Writing::NewFile, slow),
+            (Writing::More, SLOW),
+            (Writing::NewFile, slow),
+        ] {
+            assert!(pace.is_quick());
+            pace.note(kind, took);
+        }
         assert!(!pace.is_quick());
-        pace.note(Duration::ZERO);
-        assert!(!pace.is_quick());
-        *pace.last_slow() = Instant::now().checked_sub(2 * REST);
-        assert!(pace.is_quick());
     }
 
     #[test]

@@ -10,9 +10,9 @@ use futures_util::poll;
 use secrecy::SecretString;
 use sqlx::{Connection, Executor, SqliteConnection};
 use uuid::Uuid;
-use wharfinger::db::{Db, Lane, Lent, Settings, Sqlite};
+use wharfinger::db::{Created, Db, Lane, Lent, NewArtifact, Settings, Sqlite};
 use wharfinger::error::Error;
-use wharfinger::model::{BlobId, Block, ObjectKey};
+use wharfinger::model::{BlobId, Block, ObjectKey, Principal, RunKey};
 
 const NOW: i64 = 1_700_000_000_000;
 
@@ -53,6 +53,22 @@ async fn a_writer_that_waits_for_another_process_holds_up_nobody() {
     assert!(!writer.is_finished());
     other.execute("COMMIT").await.unwrap();
     assert_eq!(writer.await.unwrap().unwrap(), "theirs");
+}
+
+#[tokio::test]
+async fn who_goes_away_while_it_waits_for_another_process_leaves_no_transaction() {
+    let directory = tempfile::tempdir().unwrap();
+    let db = database(directory.path()).await;
+    let mut other = other_process(directory.path()).await;
+    other.execute("BEGIN IMMEDIATE").await.unwrap();
+    {
+        let mut waits = pin!(sqlite(&db).lend(Lane::Durable));
+        assert!(poll!(&mut waits).is_pending());
+    }
+    other.execute("COMMIT").await.unwrap();
+    for lane in [Lane::Staging, Lane::Durable] {
+        write(&db, lane).await;
+    }
 }
 
 #[tokio::test]
@@ -188,6 +204,73 @@ async fn a_shared_commit_that_fails_is_nobodys() {
     }
     count_commits(&sqlite(&db).lend(Lane::Durable).await.unwrap(), false);
     assert_eq!(db.set_property_once("next", "there").await.unwrap(), "there");
+}
+
+/// Creates two artifacts of a job that may have one, side by side.
+async fn create_one_too_many(db: &Db, held: Lent) -> [Result<Created, Error>; 2] {
+    let principal = Principal {
+        run: RunKey {
+            issuer: "wharfinger".to_owned(),
+            repository: "octo/demo".to_owned(),
+            run_backend_id: "1".to_owned(),
+        },
+        repository_name: None,
+        run_id: None,
+        run_attempt: 1,
+        job_backend_id: "build".to_owned(),
+        cache_scopes: Vec::new(),
+        issued_at_ms: None,
+        expires_at_ms: NOW + 1,
+    };
+    let new = |name| NewArtifact {
+        principal: &principal,
+        name,
+        version: 4,
+        mime_type: None,
+        created_at_ms: NOW,
+        expires_at_ms: NOW + 1,
+        max_per_job: Some(1),
+        max_pending_per_run: None,
+    };
+    let (first, second) = (new("first"), new("second"));
+    let (first, second, ()) = tokio::join!(db.create_artifact(&first), db.create_artifact(&second), async {
+        drop(held);
+    });
+    [first, second]
+}
+
+// What is refused because of what others wrote is refused only if that is kept.
+#[tokio::test]
+async fn nobody_is_refused_for_what_is_not_committed() {
+    let directory = tempfile::tempdir().unwrap();
+    let db = database(directory.path()).await;
+    let held = sqlite(&db).lend(Lane::Durable).await.unwrap();
+    count_commits(&held, true);
+    let [first, second] = create_one_too_many(&db, held).await;
+    assert!(matches!(first, Err(Error::Busy(_))), "{first:?}");
+    assert!(matches!(second, Err(Error::Internal(_))), "{second:?}");
+    let held = sqlite(&db).lend(Lane::Durable).await.unwrap();
+    let commits = count_commits(&held, false);
+    let [first, second] = create_one_too_many(&db, held).await;
+    assert!(matches!(first, Ok(Created::Upload(_))), "{first:?}");
+    assert!(matches!(second, Ok(Created::TooMany)), "{second:?}");
+    assert_eq!(commits.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn closing_commits_what_is_left_to_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let db = database(directory.path()).await;
+    let held = sqlite(&db).lend(Lane::Durable).await.unwrap();
+    let (_, (), late, ()) = tokio::join!(
+        db.set_property_once("last", "there"),
+        db.close(),
+        db.set_property_once("late", "there"),
+        async { drop(held) },
+    );
+    assert!(matches!(late, Err(Error::Busy(_))));
+    let again = database(directory.path()).await;
+    assert_eq!(again.property("last").await.unwrap().as_deref(), Some("there"));
 }
 
 // SQLite itself then rolls back what all of them did.
