@@ -182,6 +182,7 @@ impl App {
         }
         let (verifier, scrubber) = (services.clone(), services.clone());
         let (papers, issuers) = (services.clone(), services.clone());
+        allocator::keep_what_passes();
         app.background
             .spawn(allocator::give_back_in_background(services.clone()));
         app.background
