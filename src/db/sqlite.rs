@@ -32,7 +32,7 @@ const MAX_GROUP: usize = 64;
 
 /// SQLite has one writer at a time. Writers wait for their turn in a fair queue: SQLite itself would let them poll the
 /// file's lock, asleep between two looks. They share a connection, because one forgets its pages when another has
-/// written; and as long as others wait they share a COMMIT, because that is most of what writing costs. Whoever is
+/// written; and as long as others wait they share a COMMIT, because that is much of what writing costs. Whoever is
 /// last commits for all, and until then nobody is told that anything was done.
 #[derive(Clone, Debug)]
 pub struct Sqlite {

@@ -1,4 +1,5 @@
-//! What only SQLite's connections do: wait for other processes without holding up this one, and keep the log short.
+//! What only SQLite's connections do: wait for other processes without holding up this one, share a COMMIT, and keep the
+//! log short.
 
 use std::path::Path;
 use std::pin::pin;
