@@ -250,12 +250,16 @@ impl Config {
             ("uploads.max_block_bytes", self.uploads.max_block_bytes == 0),
             ("uploads.max_put_blob_bytes", self.uploads.max_put_blob_bytes == 0),
             ("artifacts.max_files", self.artifacts.max_files == 0),
-            ("cleaner.batch", self.cleaner.batch == 0),
             ("memory.upload_bytes", self.memory.upload_bytes == 0),
             ("memory.download_bytes", self.memory.download_bytes == 0),
         ] {
             require(!is_zero, key, || "must be at least 1".to_owned())?;
         }
+        require(
+            (1..=cleaner::MAX_BATCH).contains(&self.cleaner.batch),
+            "cleaner.batch",
+            || format!("must be at least 1 and at most {}", cleaner::MAX_BATCH),
+        )?;
         require(
             self.artifacts.default_retention <= self.artifacts.max_retention,
             "artifacts.default_retention",

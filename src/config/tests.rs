@@ -421,7 +421,12 @@ fn limits_are_checked() {
         &flag("server.idle_timeout", "0s").error(),
         &["server.idle_timeout", "longer than 0s"],
     );
-    assert_has(&flag("cleaner.batch", "0").error(), &["cleaner.batch", "at least 1"]);
+    for batch in ["0", "10001"] {
+        assert_has(
+            &flag("cleaner.batch", batch).error(),
+            &["cleaner.batch", "at least 1 and at most 10000"],
+        );
+    }
     assert_has(
         &flag("artifacts.max_retention", "30d").error(),
         &["artifacts.default_retention", "max_retention"],

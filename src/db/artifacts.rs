@@ -4,9 +4,11 @@
 //! are taken artifact first, blob second, here and wherever both are touched, so that no two transactions wait for each
 //! other.
 
+use std::iter;
+
 use uuid::Uuid;
 
-use super::blobs::{BEGIN, BURY, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE, digest};
+use super::blobs::{BEGIN, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE, bury, digest};
 use super::sql::query;
 use super::{Db, Failure, TRIES, lost_every_race, on, transaction, unsigned};
 use crate::error::{Error, Result};
@@ -216,9 +218,7 @@ impl Db {
                 }
                 // The older upload ends here, whoever began it.
                 let tombstone = if is_pending { "superseded" } else { "expired" };
-                for blob in [Some(old_blob), container].into_iter().flatten() {
-                    query(BURY).bind(blob).bind(tombstone).bind(now_ms).execute(tx).await?;
-                }
+                bury(tx, iter::once(old_blob).chain(container), tombstone, now_ms).await?;
                 if is_pending {
                     pending = Some(id);
                 } else {
@@ -489,9 +489,7 @@ impl Db {
             .fetch_optional(tx)
             .await?;
             if let Some((blob, container)) = hidden {
-                for blob in [Some(blob), container].into_iter().flatten() {
-                    query(BURY).bind(blob).bind("deleted").bind(now_ms).execute(tx).await?;
-                }
+                bury(tx, iter::once(blob).chain(container), "deleted", now_ms).await?;
                 failpoint::reach("delete_before_commit");
                 Some(())
             } else {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use uuid::Uuid;
 
-use super::blobs::{BEGIN, BURY, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE};
+use super::blobs::{BEGIN, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE, bury};
 use super::sql::query;
 use super::{Db, Failure, TRIES, lost_every_race, on, signed, transaction, unsigned};
 use crate::error::Result;
@@ -198,12 +198,7 @@ impl Db {
                     .bind(id)
                     .execute(tx)
                     .await?;
-                query(BURY)
-                    .bind(old_blob)
-                    .bind("superseded")
-                    .bind(now_ms)
-                    .execute(tx)
-                    .await?;
+                bury(tx, [old_blob], "superseded", now_ms).await?;
                 if size_bytes > 0 {
                     query("UPDATE cache_repositories SET size_bytes = size_bytes - $2 WHERE id = $1")
                         .bind(repository)
@@ -540,7 +535,7 @@ impl Db {
             return Ok(0);
         }
         let evicted = transaction!(self, Durable, |tx| {
-            let mut evicted = 0;
+            let mut evicted = Vec::new();
             let mut freed = BTreeMap::<i64, i64>::new();
             for entry in entries {
                 let gone: Option<(i64, i64)> = query(
@@ -553,16 +548,12 @@ impl Db {
                 .fetch_optional(tx)
                 .await?;
                 if let Some((repository, size_bytes)) = gone {
-                    query(BURY)
-                        .bind(entry.blob)
-                        .bind(tombstone)
-                        .bind(now_ms)
-                        .execute(tx)
-                        .await?;
                     *freed.entry(repository).or_default() += size_bytes;
-                    evicted += 1;
+                    evicted.push(entry.blob);
                 }
             }
+            let count = evicted.len() as u64;
+            bury(tx, evicted, tombstone, now_ms).await?;
             for (repository, bytes) in freed.into_iter().filter(|(_, bytes)| *bytes > 0) {
                 query("UPDATE cache_repositories SET size_bytes = size_bytes - $2 WHERE id = $1")
                     .bind(repository)
@@ -571,7 +562,7 @@ impl Db {
                     .await?;
             }
             failpoint::reach("clean_evict_before_commit");
-            Some(evicted)
+            Some(count)
         })?;
         Ok(evicted.unwrap_or_default())
     }

@@ -3,9 +3,11 @@
 //! Called by `service/cleaner.rs`; the two counts at the end by `api/ops.rs`. Every step is safe to repeat and safe beside
 //! another cleaner. What the cleaner would find again after a power cut is not waited for.
 
+use std::iter;
+
 use uuid::Uuid;
 
-use super::blobs::{BURY, FORGET_UNLISTED, UNLISTED_TO_GARBAGE};
+use super::blobs::{FORGET_UNLISTED, UNLISTED_TO_GARBAGE, bury};
 use super::sql::{ALL_OF_A_TABLE, query};
 use super::{Db, object_key, on, transaction};
 use crate::error::Result;
@@ -26,14 +28,14 @@ impl Db {
             .bind(limit)
             .fetch_all(tx)
             .await?;
-            for &(blob, container) in &blobs {
-                for blob in [Some(blob), container].into_iter().flatten() {
-                    query(BURY).bind(blob).bind("expired").bind(now_ms).execute(tx).await?;
-                }
-            }
-            Some(blobs.len())
+            let count = blobs.len() as u64;
+            let blobs = blobs
+                .into_iter()
+                .flat_map(|(blob, container)| iter::once(blob).chain(container));
+            bury(tx, blobs, "expired", now_ms).await?;
+            Some(count)
         })?;
-        Ok(expired.unwrap_or_default() as u64)
+        Ok(expired.unwrap_or_default())
     }
 
     /// Gives up on uploads begun at or before `begun_before_ms` and never finalized. Returns how many.
@@ -208,29 +210,29 @@ impl Db {
         Ok(())
     }
 
-    /// Forgets a tombstone altogether.
-    pub async fn drop_blob(&self, blob: BlobId) -> Result<()> {
+    /// Forgets tombstones altogether.
+    pub async fn drop_blobs(&self, blobs: &[BlobId]) -> Result<()> {
         transaction!(self, Staging, |tx| {
-            let dead = query("UPDATE blobs SET state = state WHERE id = $1 AND state = 'deleting'")
-                .bind(blob.0)
-                .execute(tx)
+            let dead: Vec<Uuid> = query("UPDATE blobs SET state = state WHERE state = 'deleting' AND id IN ")
+                .push_list(blobs.iter().map(|blob| blob.0))
+                .push(" RETURNING id")
+                .rows(blobs.len())
+                .fetch_all(tx)
                 .await?;
-            if dead == 0 {
+            if dead.is_empty() {
                 None
             } else {
-                // Besides garbage there may be a block of a request that saw the blob open and wrote its row late.
+                // Besides garbage there may be blocks of requests that saw a blob open and wrote their rows late.
                 for rest in [
-                    "DELETE FROM garbage WHERE blob_id = $1",
-                    "DELETE FROM blocks WHERE blob_id = $1",
-                    "DELETE FROM files WHERE container_id = $1",
-                    "DELETE FROM containers WHERE blob_id = $1",
+                    "DELETE FROM garbage WHERE blob_id IN ",
+                    "DELETE FROM blocks WHERE blob_id IN ",
+                    "DELETE FROM files WHERE container_id IN ",
+                    "DELETE FROM containers WHERE blob_id IN ",
+                    "DELETE FROM blobs WHERE id IN ",
                 ] {
-                    query(rest).bind(blob.0).execute(tx).await?;
+                    let dropped = dead.iter().copied();
+                    query(rest).push_list(dropped).rows(dead.len()).execute(tx).await?;
                 }
-                query("DELETE FROM blobs WHERE id = $1")
-                    .bind(blob.0)
-                    .execute(tx)
-                    .await?;
                 Some(())
             }
         })?;

@@ -5,11 +5,12 @@
 //! container's blob first.
 
 use std::collections::HashMap;
+use std::iter;
 
 use uuid::Uuid;
 
 use super::artifacts::{INSERT_ARTIFACT, LOCK_NAME, over_limit};
-use super::blobs::{BEGIN, BURY};
+use super::blobs::{BEGIN, bury};
 use super::sql::{query, row_struct};
 use super::{Created, Db, Failure, NewArtifact, TRIES, lost_every_race, object_key, on, signed, transaction, unsigned};
 use crate::error::{Error, Result};
@@ -294,9 +295,7 @@ impl Db {
                     }
                     None if lives => refused = Some(Created::Exists),
                     _ => {
-                        for blob in [Some(shown), container].into_iter().flatten() {
-                            query(BURY).bind(blob).bind("expired").bind(now_ms).execute(tx).await?;
-                        }
+                        bury(tx, iter::once(shown).chain(container), "expired", now_ms).await?;
                         query("DELETE FROM artifacts WHERE id = $1")
                             .bind(id)
                             .execute(tx)

@@ -5,7 +5,7 @@
 
 use uuid::Uuid;
 
-use super::blobs::{BEGIN, BURY, ROWS_PER_INSERT, placement};
+use super::blobs::{BEGIN, ROWS_PER_INSERT, bury, placement};
 use super::sql::{ALL_OF_A_TABLE, query, row_struct};
 use super::{Db, Failure, on, signed, transaction, unsigned};
 use crate::error::Result;
@@ -200,12 +200,7 @@ impl Db {
             .await?;
             if shown + kept + current + sealed == 4 {
                 if publication.shown != publication.container {
-                    query(BURY)
-                        .bind(publication.shown.0)
-                        .bind("superseded")
-                        .bind(now_ms)
-                        .execute(tx)
-                        .await?;
+                    bury(tx, [publication.shown.0], "superseded", now_ms).await?;
                 }
                 failpoint::reach("publish_before_commit");
                 Some(())

@@ -263,13 +263,17 @@ impl<'q> Query<'q> {
     ) -> Self {
         self = self.push("VALUES ");
         for (number, item) in items.into_iter().enumerate() {
-            self = self.push(if number > 0 { ", " } else { "" });
-            for (place, value) in values(item).into_iter().enumerate() {
-                self = self.push(if place > 0 { ", " } else { "(" }).push_bind(value);
-            }
-            self = self.push(")");
+            self = self.push(if number > 0 { ", " } else { "" }).push_list(values(item));
         }
         self
+    }
+
+    /// Adds a list of values in parentheses to the text.
+    pub fn push_list(mut self, values: impl IntoIterator<Item = impl Into<Value<'q>>>) -> Self {
+        for (place, value) in values.into_iter().enumerate() {
+            self = self.push(if place > 0 { ", " } else { "(" }).push_bind(value);
+        }
+        self.push(")")
     }
 
     /// Says about how many rows it goes through, where they may be many.

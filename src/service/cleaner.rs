@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use serde::Deserialize;
 use uuid::Uuid;
 
@@ -31,9 +31,12 @@ pub struct Settings {
     /// How long another replica waits before it cleans in the place of one that died.
     #[serde(with = "crate::duration")]
     pub lease: Duration,
-    /// Rows per step.
+    /// Rows per step, at most [`MAX_BATCH`].
     pub batch: u32,
 }
+
+/// A statement names up to two blobs for each row, and SQLite takes 32,766 values.
+pub const MAX_BATCH: u32 = 10_000;
 
 /// What one pass did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -165,6 +168,39 @@ impl Services {
     async fn delete_unused(&self, keys: Vec<ObjectKey>) -> Result<u64> {
         let deletes = stream::iter(keys).map(|key| self.clone().delete_if_unused(key));
         deletes.buffer_unordered(AT_ONCE).try_fold(0, sum).await
+    }
+
+    /// Deletes all that lies below the prefix of a blob which has no rows for it any more.
+    async fn clear(self, blob: BlobId) -> Result<u64> {
+        let deleted = self.delete_leftovers(blob, &HashSet::new(), i64::MAX).await?;
+        self.store.remove_prefix(blob).await?;
+        Ok(deleted)
+    }
+
+    async fn sweep_blob(self, blob: BlobId, now_ms: i64) -> Result<u64> {
+        let named = self.db.objects_of(blob).await?.into_iter().collect();
+        let deleted = self.delete_leftovers(blob, &named, i64::MAX).await?;
+        failpoint::reach("clean_before_swept");
+        self.db.mark_swept(blob, now_ms).await?;
+        Ok(deleted)
+    }
+
+    /// Chunks may still be coming: what is younger than any request may be named yet.
+    async fn sweep_container(self, blob: BlobId, now_ms: i64, settled_ms: i64) -> Result<u64> {
+        let named = self.db.objects_of(blob).await?.into_iter().collect();
+        let deleted = self.delete_leftovers(blob, &named, settled_ms).await?;
+        self.db.mark_container_swept(blob, now_ms).await?;
+        Ok(deleted)
+    }
+
+    /// Deletes the objects below a blob's prefix that are not named and were made at or before `until_ms`. Returns how
+    /// many there were.
+    async fn delete_leftovers(&self, blob: BlobId, named: &HashSet<ObjectKey>, until_ms: i64) -> Result<u64> {
+        let objects = self.store.list(blob).await?.into_iter();
+        let leftovers = objects
+            .filter(|object| object.modified_ms <= until_ms && !named.contains(&object.key))
+            .map(|object| object.key);
+        self.delete_unused(leftovers.collect()).await
     }
 
     /// The one place that deletes an object: only if no living blob has a row that names it.
@@ -326,19 +362,18 @@ impl Pass<'_> {
     async fn drop_dead(&mut self) -> Result<()> {
         let Services(parts) = self.services;
         while let Some(now_ms) = self.hold().await? {
+            let begun = Instant::now();
             let dead_since_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let blobs = parts.db.blobs_to_drop(dead_since_ms, self.batch()).await?;
-            let mut got_on = false;
-            for blob in blobs {
-                let outcome = self.drop_blob(blob).await;
-                if self.done(blob, outcome) {
-                    self.report.dropped_blobs += 1;
-                    got_on = true;
-                }
-            }
-            if !got_on {
+            let services = self.services;
+            let cleared = self.each(blobs, |blob| services.clone().clear(blob)).await;
+            if cleared.is_empty() {
                 break;
             }
+            failpoint::reach("clean_before_drop");
+            parts.db.drop_blobs(&cleared).await?;
+            self.report.dropped_blobs += cleared.len() as u64;
+            give_way(begun).await;
         }
         Ok(())
     }
@@ -347,67 +382,28 @@ impl Pass<'_> {
     async fn sweep(&mut self) -> Result<()> {
         let Services(parts) = self.services;
         while let Some(now_ms) = self.hold().await? {
+            let begun = Instant::now();
             let sealed_before_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let blobs = parts.db.blobs_to_sweep(sealed_before_ms, self.batch()).await?;
-            let mut got_on = false;
-            for blob in blobs {
-                let outcome = self.sweep_blob(blob, now_ms).await;
-                got_on |= self.done(blob, outcome);
-            }
-            if !got_on {
+            let services = self.services;
+            let sweep = |blob| services.clone().sweep_blob(blob, now_ms);
+            if self.each(blobs, sweep).await.is_empty() {
                 break;
             }
+            give_way(begun).await;
         }
         while let Some(now_ms) = self.hold().await? {
+            let begun = Instant::now();
             let settled_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let containers = parts.db.containers_to_sweep(settled_ms, self.batch()).await?;
-            let mut got_on = false;
-            for blob in containers {
-                let outcome = self.sweep_container(blob, now_ms, settled_ms).await;
-                got_on |= self.done(blob, outcome);
-            }
-            if !got_on {
+            let services = self.services;
+            let sweep = |blob| services.clone().sweep_container(blob, now_ms, settled_ms);
+            if self.each(containers, sweep).await.is_empty() {
                 break;
             }
+            give_way(begun).await;
         }
         Ok(())
-    }
-
-    async fn drop_blob(&self, blob: BlobId) -> Result<u64> {
-        let Services(parts) = self.services;
-        let deleted = self.delete_leftovers(blob, &HashSet::new(), i64::MAX).await?;
-        parts.store.remove_prefix(blob).await?;
-        failpoint::reach("clean_before_drop");
-        parts.db.drop_blob(blob).await?;
-        Ok(deleted)
-    }
-
-    async fn sweep_blob(&self, blob: BlobId, now_ms: i64) -> Result<u64> {
-        let Services(parts) = self.services;
-        let named = parts.db.objects_of(blob).await?.into_iter().collect();
-        let deleted = self.delete_leftovers(blob, &named, i64::MAX).await?;
-        failpoint::reach("clean_before_swept");
-        parts.db.mark_swept(blob, now_ms).await?;
-        Ok(deleted)
-    }
-
-    /// Chunks may still be coming: what is younger than any request may be named yet.
-    async fn sweep_container(&self, blob: BlobId, now_ms: i64, settled_ms: i64) -> Result<u64> {
-        let Services(parts) = self.services;
-        let named = parts.db.objects_of(blob).await?.into_iter().collect();
-        let deleted = self.delete_leftovers(blob, &named, settled_ms).await?;
-        parts.db.mark_container_swept(blob, now_ms).await?;
-        Ok(deleted)
-    }
-
-    /// Deletes the objects below a blob's prefix that are not named and were made at or before `until_ms`. Returns how
-    /// many there were.
-    async fn delete_leftovers(&self, blob: BlobId, named: &HashSet<ObjectKey>, until_ms: i64) -> Result<u64> {
-        let objects = self.services.store.list(blob).await?.into_iter();
-        let leftovers = objects
-            .filter(|object| object.modified_ms <= until_ms && !named.contains(&object.key))
-            .map(|object| object.key);
-        self.services.delete_unused(leftovers.collect()).await
     }
 
     /// Deletes the objects that a transaction recorded as named by no row any more.
@@ -429,6 +425,7 @@ impl Pass<'_> {
     /// Does a batch, and counts what it deleted. `false` if there was nothing to do, or the first of it could not be done:
     /// a store that answers nobody would be waited for longer than the lease lasts.
     async fn got_on(&mut self, work: impl Iterator<Item = impl Future<Output = Result<Option<u64>>>>) -> Result<bool> {
+        let begun = Instant::now();
         let (mut done, mut put_off) = (0, 0);
         let mut outcomes = stream::iter(work).buffer_unordered(AT_ONCE);
         while let Some(outcome) = outcomes.try_next().await? {
@@ -444,22 +441,35 @@ impl Pass<'_> {
             }
         }
         self.report.put_off += put_off as u64;
+        if done > 0 {
+            give_way(begun).await;
+        }
         Ok(done > 0)
     }
 
-    /// Logs what became of one blob of a batch that is gone through one by one. `true` if it was done.
-    fn done(&mut self, blob: BlobId, outcome: Result<u64>) -> bool {
-        match outcome {
-            Ok(deleted) => {
-                self.report.deleted_objects += deleted;
-                true
-            }
-            Err(error) => {
-                tracing::warn!(%blob, %error, "a blob's leftovers could not be deleted; it is tried again");
-                self.report.put_off += 1;
-                false
+    /// Does the same with each blob of a batch, and counts what it deleted. Returns those with which it was done.
+    async fn each<F>(&mut self, blobs: Vec<BlobId>, work: impl Fn(BlobId) -> F) -> Vec<BlobId>
+    where
+        F: Future<Output = Result<u64>>,
+    {
+        let work = blobs
+            .into_iter()
+            .map(|blob| work(blob).map(move |outcome| (blob, outcome)));
+        let mut outcomes = stream::iter(work).buffer_unordered(AT_ONCE);
+        let mut done = Vec::new();
+        while let Some((blob, outcome)) = outcomes.next().await {
+            match outcome {
+                Ok(deleted) => {
+                    self.report.deleted_objects += deleted;
+                    done.push(blob);
+                }
+                Err(error) => {
+                    tracing::warn!(%blob, %error, "a blob's leftovers could not be deleted; it is tried again");
+                    self.report.put_off += 1;
+                }
             }
         }
+        done
     }
 
     fn count(&self) {

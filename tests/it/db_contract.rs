@@ -1376,7 +1376,7 @@ async fn the_cleaner_empties_and_drops(place: Place) {
     assert!(!db.is_object_in_use(&ObjectKey::fresh(blob)).await.unwrap());
     // Of a living blob nothing is emptied, dropped or forgotten, whoever asks.
     db.mark_emptied(kept, NOW).await.unwrap();
-    db.drop_blob(kept).await.unwrap();
+    db.drop_blobs(&[kept]).await.unwrap();
     assert!(db.readable_blob(kept, NOW).await.unwrap().is_some());
     assert_eq!(place.content(kept).await.len(), 1, "a living blob was emptied");
 
@@ -1399,7 +1399,7 @@ async fn the_cleaner_empties_and_drops(place: Place) {
     assert_eq!(db.blobs_to_drop(NOW + 4, 10).await.unwrap(), []);
     assert_eq!(db.blobs_to_drop(NOW + 5, 10).await.unwrap(), [blob]);
     for _ in 0..2 {
-        db.drop_blob(blob).await.unwrap();
+        db.drop_blobs(&[blob]).await.unwrap();
         assert_eq!(db.blobs_to_drop(NOW + 99, 10).await.unwrap(), []);
     }
     assert_eq!(place.counts().await, BTreeMap::from([("sealed".to_owned(), 1)]));
@@ -1431,7 +1431,7 @@ async fn a_late_block_does_not_stop_the_cleaner(place: Place) {
     db.mark_emptied(blob, NOW).await.unwrap();
     // A request that saw the blob open wrote its row only now.
     place.raw.insert_block(blob, "late", &block(blob, 1)).await;
-    db.drop_blob(blob).await.unwrap();
+    db.drop_blobs(&[blob]).await.unwrap();
     assert_eq!(place.counts().await, BTreeMap::new());
     assert_eq!(place.raw.number("SELECT count(*) FROM blocks").await, 0);
 }
@@ -1455,7 +1455,7 @@ async fn garbage_is_forgotten_when_it_is_gone(place: Place) {
     db.abandon_uploads(NOW, NOW, 10).await.unwrap();
     assert_eq!(db.objects_of(blob).await.unwrap(), [last]);
     db.mark_emptied(blob, NOW).await.unwrap();
-    db.drop_blob(blob).await.unwrap();
+    db.drop_blobs(&[blob]).await.unwrap();
     assert_eq!(db.garbage(i64::MAX, 10).await.unwrap(), []);
 }
 

@@ -495,7 +495,7 @@ async fn costs(db: &Db, meter: &Meter, number: i64, long_blob: BlobId) -> BTreeM
     assert!(!cost!(is_object_in_use(&objects[0])));
     cost!(mark_emptied(uploaded, BEFORE));
     assert_eq!(cost!(blobs_to_drop(BEFORE, 500)), [uploaded]);
-    cost!(drop_blob(uploaded));
+    cost!(drop_blobs(&[uploaded]));
     cost!(garbage(NOW, 500));
     cost!(take_lease("lease", uploaded.0, number, number));
     cost!(claim_verification(NOW, NOW) "claim_verification of none");
