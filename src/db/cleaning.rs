@@ -18,16 +18,25 @@ impl Db {
     /// Returns how many.
     pub async fn expire_artifacts(&self, now_ms: i64, limit: i64) -> Result<u64> {
         let expired = transaction!(self, Durable, |tx| {
-            let blobs: Vec<(Uuid, Option<Uuid>)> = query(
-                "DELETE FROM artifacts WHERE id IN (
-                     SELECT id FROM artifacts WHERE state <> 'pending' AND expires_at_ms <= $1
-                     ORDER BY expires_at_ms LIMIT $2) AND state <> 'pending' AND expires_at_ms <= $1
-                 RETURNING blob_id, container_id",
+            // Asked at once in the DELETE, Postgres reads the whole table: it doesn't know that the limit is small.
+            let due: Vec<i64> = query(
+                "SELECT id FROM artifacts WHERE state <> 'pending' AND expires_at_ms <= $1
+                 ORDER BY expires_at_ms LIMIT $2",
             )
             .bind(now_ms)
             .bind(limit)
             .fetch_all(tx)
             .await?;
+            let mut blobs: Vec<(Uuid, Option<Uuid>)> = Vec::new();
+            if !due.is_empty() {
+                blobs = query("DELETE FROM artifacts WHERE state <> 'pending' AND expires_at_ms <= $1 AND id IN ")
+                    .bind(now_ms)
+                    .rows(due.len())
+                    .push_list(due)
+                    .push(" RETURNING blob_id, container_id")
+                    .fetch_all(tx)
+                    .await?;
+            }
             let count = blobs.len() as u64;
             let blobs = blobs
                 .into_iter()

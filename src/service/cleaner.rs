@@ -57,7 +57,7 @@ const AT_ONCE: usize = 8;
 /// So many times as long as a step took, the cleaner rests before the next.
 const RESTS_PER_STEP: u32 = 20;
 /// A slow database makes long steps: with longer rests, 10,000 rows on Postgres would take minutes.
-const LONGEST_REST: Duration = Duration::from_millis(25);
+const LONGEST_REST: Duration = Duration::from_millis(20);
 /// More than this off the database's clock, a replica does not trust its own and does not clean.
 const MAX_CLOCK_SKEW_MS: i64 = 60_000;
 
