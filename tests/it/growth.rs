@@ -50,14 +50,27 @@ impl Fate {
     }
 }
 
-/// Number `i` of the filled-in blobs. Their ids are in no order, as the product's.
+/// Number `i` of the filled-in blobs. Their ids are in the order of time, as the product's.
 fn blob(i: i64) -> BlobId {
-    let scattered = i.wrapping_mul(2_654_435_761) & 0xffff_ffff;
     BlobId(
-        format!("{scattered:08x}-0000-4000-8000-{i:012x}")
+        format!("{:08x}-{:04x}-7000-8000-000000000000", i >> 16, i & 0xffff)
             .parse()
             .expect("a UUID"),
     )
+}
+
+/// The same in SQL, as text and as the column has it.
+fn blob_in_sql(raw: &Raw) -> (&'static str, &'static str) {
+    match raw {
+        Raw::Postgres(_) => (
+            "lpad(to_hex(i >> 16), 8, '0') || '-' || lpad(to_hex(i & 65535), 4, '0') || '-7000-8000-000000000000'",
+            "CAST(hex AS UUID)",
+        ),
+        Raw::Sqlite(_) => (
+            "printf('%08x-%04x-7000-8000-000000000000', i >> 16, i & 65535)",
+            "unhex(hex, '-')",
+        ),
+    }
 }
 
 fn key(i: i64) -> ObjectKey {
@@ -89,16 +102,7 @@ fn name(i: i64) -> String {
 /// Puts in numbers `from..=to`, of one byte each, all as of the time `at_ms`.
 async fn fill(raw: &Raw, from: i64, to: i64, at_ms: i64, fate: Fate) {
     let (state, verification, cleaned, artifact) = fate.columns();
-    let (hex, id) = match raw {
-        Raw::Postgres(_) => (
-            "lpad(to_hex((i * 2654435761) % 4294967296), 8, '0') || '-0000-4000-8000-' || lpad(to_hex(i), 12, '0')",
-            "CAST(hex AS UUID)",
-        ),
-        Raw::Sqlite(_) => (
-            "printf('%08x-0000-4000-8000-%012x', (i * 2654435761) & 4294967295, i)",
-            "unhex(hex, '-')",
-        ),
-    };
+    let (hex, id) = blob_in_sql(raw);
     let numbers = format!(
         "WITH RECURSIVE numbers(i) AS (
              SELECT CAST({from} AS BIGINT) UNION ALL SELECT i + 1 FROM numbers WHERE i < {to}),
@@ -139,16 +143,7 @@ async fn fill(raw: &Raw, from: i64, to: i64, at_ms: i64, fate: Fate) {
 /// Puts in finalized cache entries `from..=to` of one byte each, of a thousand repositories' `scope`, or all of the
 /// first repository's.
 async fn fill_caches(raw: &Raw, from: i64, to: i64, at_ms: i64, scope: &str, spread: bool) {
-    let (hex, id) = match raw {
-        Raw::Postgres(_) => (
-            "lpad(to_hex((i * 2654435761) % 4294967296), 8, '0') || '-0000-4000-8000-' || lpad(to_hex(i), 12, '0')",
-            "CAST(hex AS UUID)",
-        ),
-        Raw::Sqlite(_) => (
-            "printf('%08x-0000-4000-8000-%012x', (i * 2654435761) & 4294967295, i)",
-            "unhex(hex, '-')",
-        ),
-    };
+    let (hex, id) = blob_in_sql(raw);
     let repository = if spread { "(i % 1000)" } else { "0" };
     let numbers = format!(
         "WITH RECURSIVE numbers(i) AS (
