@@ -605,6 +605,22 @@ async fn nothing_costs_more_with_more_rows(url: String) {
         few.remove(uncounted);
     }
     assert_eq!(grown(&few, &more), [""; 0], "with more that is under way: {few:?}");
+
+    // A step of the cleaner's, before Postgres' statistics know how much is due.
+    let mut steps = Vec::new();
+    for due in [500, 10_000] {
+        raw.execute(&format!(
+            "UPDATE artifacts SET expires_at_ms = {BEFORE} WHERE id <= {due}"
+        ))
+        .await;
+        let (cost, expired) = meter.cost(db.expire_artifacts(NOW, 50)).await;
+        assert_eq!(expired.unwrap(), 50);
+        steps.push(cost);
+    }
+    assert!(
+        steps[1] < 5 * steps[0],
+        "with twenty times as much that is due: {steps:?}"
+    );
     drop(meter);
     db.close().await;
 }
