@@ -220,7 +220,7 @@ impl Db {
         Ok(())
     }
 
-    /// Forgets tombstones altogether.
+    /// Forgets tombstones altogether: all that are named, at least one.
     pub async fn drop_blobs(&self, blobs: &[BlobId]) -> Result<()> {
         transaction!(self, Staging, |tx| {
             let dead: Vec<Uuid> = query("UPDATE blobs SET state = state WHERE state = 'deleting' AND id IN ")

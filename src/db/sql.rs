@@ -268,10 +268,11 @@ impl<'q> Query<'q> {
         self
     }
 
-    /// Adds a list of values in parentheses to the text.
+    /// Adds values in parentheses to the text: a row, or a list. Postgres takes no empty ones.
     pub fn push_list(mut self, values: impl IntoIterator<Item = impl Into<Value<'q>>>) -> Self {
+        self = self.push("(");
         for (place, value) in values.into_iter().enumerate() {
-            self = self.push(if place > 0 { ", " } else { "(" }).push_bind(value);
+            self = self.push(if place > 0 { ", " } else { "" }).push_bind(value);
         }
         self.push(")")
     }

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 /// A writer queues behind the others, so it may wait longer than one on Postgres.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(30);
 const READERS: u32 = 8;
-/// Statements that a connection keeps prepared: more than there are.
+/// Statements that a connection keeps prepared: more than there are, but for lists of many lengths.
 const KEPT_STATEMENTS: usize = 256;
 /// After so many changed rows, some 16 MiB of log, it is copied into the database. SQLite's own rule makes somebody's
 /// COMMIT do it, and wait for the disk.

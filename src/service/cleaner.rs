@@ -35,8 +35,8 @@ pub struct Settings {
     pub batch: u32,
 }
 
-/// A statement names up to two blobs for each row, and SQLite takes 32,766 values.
-pub const MAX_BATCH: u32 = 10_000;
+/// Statements name up to two blobs for each row, and a step holds the lease.
+pub const MAX_BATCH: u32 = 1_000;
 
 /// What one pass did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,7 +52,7 @@ pub struct Report {
 }
 
 const LEASE: &str = "cleaner";
-/// Blobs, and objects of each, that are deleted at once: a bucket answers after tens of milliseconds.
+/// Blobs, and objects of each, that are looked at or deleted at once: a bucket answers after tens of milliseconds.
 const AT_ONCE: usize = 8;
 /// So many times as long as a step took, the cleaner rests before the next.
 const RESTS_PER_STEP: u32 = 20;
@@ -175,6 +175,10 @@ impl Services {
         let deleted = self.delete_leftovers(blob, &HashSet::new(), i64::MAX).await?;
         self.store.remove_prefix(blob).await?;
         Ok(deleted)
+    }
+
+    async fn forget(self, blob: BlobId) -> Result<u64> {
+        self.db.drop_blobs(&[blob]).await.map(|()| 0)
     }
 
     async fn sweep_blob(self, blob: BlobId, now_ms: i64) -> Result<u64> {
@@ -366,13 +370,20 @@ impl Pass<'_> {
             let dead_since_ms = now_ms - millis(parts.settings.cleaner.sweep_after);
             let blobs = parts.db.blobs_to_drop(dead_since_ms, self.batch()).await?;
             let services = self.services;
-            let cleared = self.each(blobs, |blob| services.clone().clear(blob)).await;
+            let cleared = self.each(blobs, AT_ONCE, |blob| services.clone().clear(blob)).await;
             if cleared.is_empty() {
                 break;
             }
             failpoint::reach("clean_before_drop");
-            parts.db.drop_blobs(&cleared).await?;
-            self.report.dropped_blobs += cleared.len() as u64;
+            let dropped = match parts.db.drop_blobs(&cleared).await {
+                Ok(()) => cleared,
+                // It may be about one of them.
+                Err(_) => self.each(cleared, 1, |blob| services.clone().forget(blob)).await,
+            };
+            if dropped.is_empty() {
+                break;
+            }
+            self.report.dropped_blobs += dropped.len() as u64;
             give_way(begun).await;
         }
         Ok(())
@@ -387,7 +398,7 @@ impl Pass<'_> {
             let blobs = parts.db.blobs_to_sweep(sealed_before_ms, self.batch()).await?;
             let services = self.services;
             let sweep = |blob| services.clone().sweep_blob(blob, now_ms);
-            if self.each(blobs, sweep).await.is_empty() {
+            if self.each(blobs, AT_ONCE, sweep).await.is_empty() {
                 break;
             }
             give_way(begun).await;
@@ -398,7 +409,8 @@ impl Pass<'_> {
             let containers = parts.db.containers_to_sweep(settled_ms, self.batch()).await?;
             let services = self.services;
             let sweep = |blob| services.clone().sweep_container(blob, now_ms, settled_ms);
-            if self.each(containers, sweep).await.is_empty() {
+            // One by one: each may have hundreds of thousands of objects.
+            if self.each(containers, 1, sweep).await.is_empty() {
                 break;
             }
             give_way(begun).await;
@@ -447,15 +459,16 @@ impl Pass<'_> {
         Ok(done > 0)
     }
 
-    /// Does the same with each blob of a batch, and counts what it deleted. Returns those with which it was done.
-    async fn each<F>(&mut self, blobs: Vec<BlobId>, work: impl Fn(BlobId) -> F) -> Vec<BlobId>
+    /// Does its work for the blobs of a batch, some at once, as long as the lease is sure to last; a store that answers
+    /// nobody is waited for long. Counts what was deleted and returns the blobs that are done with.
+    async fn each<F>(&mut self, blobs: Vec<BlobId>, at_once: usize, work: impl Fn(BlobId) -> F) -> Vec<BlobId>
     where
         F: Future<Output = Result<u64>>,
     {
-        let work = blobs
-            .into_iter()
-            .map(|blob| work(blob).map(move |outcome| (blob, outcome)));
-        let mut outcomes = stream::iter(work).buffer_unordered(AT_ONCE);
+        let until = Instant::now() + self.services.settings.cleaner.lease / 2;
+        let in_time = blobs.into_iter().take_while(|_| Instant::now() < until);
+        let work = in_time.map(|blob| work(blob).map(move |outcome| (blob, outcome)));
+        let mut outcomes = stream::iter(work).buffer_unordered(at_once);
         let mut done = Vec::new();
         while let Some((blob, outcome)) = outcomes.next().await {
             match outcome {
@@ -464,7 +477,7 @@ impl Pass<'_> {
                     done.push(blob);
                 }
                 Err(error) => {
-                    tracing::warn!(%blob, %error, "a blob's leftovers could not be deleted; it is tried again");
+                    tracing::warn!(%blob, %error, "what is left of a blob could not be deleted; it is tried again");
                     self.report.put_off += 1;
                 }
             }

@@ -16,6 +16,7 @@ use wharfinger::service::Services;
 use wharfinger::storage::Listed;
 
 use super::common::{Backend, Job, TestServer, block_link, block_list, issuer, raw};
+use super::db_contract::Raw;
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -1102,6 +1103,39 @@ async fn what_cannot_be_deleted_keeps_nothing_else_waiting() {
     server.advance(server.config.cleaner.interval);
     clean(&server).await;
     assert!(stuck.iter().all(|file| !file.exists()), "{stuck:?}");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_forgotten_keeps_nothing_else_waiting() {
+    let server = TestServer::start(Backend::SqliteDisk).await;
+    let raw = Raw::connect("", &server.config.data_dir).await;
+    let job = server.job();
+    job.upload("stuck", b"stuck").await;
+    let stuck = blob_of(&job.link("stuck").await);
+    job.upload("gone", b"gone").await;
+    for name in ["stuck", "gone"] {
+        job.call("DeleteArtifact", json!({ "name": name })).await;
+    }
+    // No request leaves such a row; a database that was edited may have one.
+    let id = raw.literal(stuck.0.as_bytes());
+    raw.execute(&format!(
+        "INSERT INTO artifacts (issuer, repository, run_backend_id, name, run_attempt, job_backend_id, version, state,
+             blob_id, created_at_ms, expires_at_ms)
+         VALUES ('i', 'r', '1', 'n', 1, 'j', 7, 'pending', {id}, 0, 0)"
+    ))
+    .await;
+    server.advance(server.config.cleaner.delete_grace);
+    clean(&server).await;
+    assert_eq!(raw.number("SELECT count(*) FROM blobs").await, 2);
+    server.advance(server.config.cleaner.sweep_after);
+    clean(&server).await;
+    let left = format!("SELECT count(*) FROM blobs WHERE id = {id}");
+    assert_eq!(raw.number("SELECT count(*) FROM blobs").await, 1);
+    assert_eq!(raw.number(&left).await, 1);
+    raw.execute("DELETE FROM artifacts").await;
+    clean(&server).await;
+    assert_eq!(raw.number("SELECT count(*) FROM blobs").await, 0);
     server.stop().await;
 }
 

@@ -1399,8 +1399,13 @@ async fn the_cleaner_empties_and_drops(place: Place) {
     assert_eq!(db.blobs_to_drop(NOW + 4, 10).await.unwrap(), []);
     assert_eq!(db.blobs_to_drop(NOW + 5, 10).await.unwrap(), [blob]);
     for _ in 0..2 {
-        db.drop_blobs(&[blob]).await.unwrap();
+        db.drop_blobs(&[kept, blob]).await.unwrap();
         assert_eq!(db.blobs_to_drop(NOW + 99, 10).await.unwrap(), []);
+        assert_eq!(
+            place.content(kept).await.len(),
+            1,
+            "a living blob was dropped with a dead one"
+        );
     }
     assert_eq!(place.counts().await, BTreeMap::from([("sealed".to_owned(), 1)]));
 }
