@@ -8,7 +8,8 @@ use std::iter;
 
 use uuid::Uuid;
 
-use super::blobs::{BEGIN, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE, bury, digest};
+use super::blobs::{BEGIN, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE, digest};
+use super::cleaning::bury;
 use super::sql::query;
 use super::{Db, Failure, TRIES, lost_every_race, on, transaction, unsigned};
 use crate::error::{Error, Result};

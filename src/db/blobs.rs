@@ -7,8 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use uuid::Uuid;
 
-use super::session::Session;
-use super::sql::{SqlError, Value, query};
+use super::sql::{Value, query};
 use super::{Db, Failure, TRIES, lost_every_race, object_key, on, signed, transaction, unsigned};
 use crate::error::{Error, Result};
 use crate::failpoint;
@@ -41,30 +40,6 @@ pub(super) const UNLISTED_TO_GARBAGE: &str = "INSERT INTO garbage (object_key, b
     ON CONFLICT (object_key) DO NOTHING";
 /// And forgets them: blob.
 pub(super) const FORGET_UNLISTED: &str = "DELETE FROM blocks WHERE blob_id = $1 AND start_offset IS NULL";
-
-/// Leaves blobs to be deleted, for the reason `tombstone`.
-pub(super) async fn bury(
-    tx: &mut Session,
-    blobs: impl IntoIterator<Item = Uuid>,
-    tombstone: &str,
-    now_ms: i64,
-) -> std::result::Result<(), SqlError> {
-    let blobs: Vec<_> = blobs.into_iter().collect();
-    let count = blobs.len();
-    if count > 0 {
-        query(
-            "UPDATE blobs SET state = 'deleting', tombstone = $1, changed_at_ms = $2, cleaned_at_ms = NULL
-             WHERE state <> 'deleting' AND id IN ",
-        )
-        .bind(tombstone)
-        .bind(now_ms)
-        .push_list(blobs)
-        .rows(count)
-        .execute(tx)
-        .await?;
-    }
-    Ok(())
-}
 
 /// What a holder of a write link may want to know of its blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

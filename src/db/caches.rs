@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use uuid::Uuid;
 
-use super::blobs::{BEGIN, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE, bury};
+use super::blobs::{BEGIN, FORGET_UNLISTED, SEAL, UNLISTED_TO_GARBAGE};
+use super::cleaning::bury;
 use super::sql::query;
 use super::{Db, Failure, TRIES, lost_every_race, on, signed, transaction, unsigned};
 use crate::error::Result;

@@ -1,17 +1,43 @@
-//! What the cleaner asks of the database: what is due, and to forget what is gone.
+//! What the cleaner asks of the database: what is due, and to forget what is gone; and how others leave blobs to it.
 //!
-//! Called by `service/cleaner.rs`; the two counts at the end by `api/ops.rs`. Every step is safe to repeat and safe beside
-//! another cleaner. What the cleaner would find again after a power cut is not waited for.
+//! Called by `service/cleaner.rs`; [`bury`] by the other modules here, and the two counts at the end by `api/ops.rs`.
+//! Every step is safe to repeat and safe beside another cleaner. What the cleaner would find again after a power cut is
+//! not waited for.
 
 use std::iter;
 
 use uuid::Uuid;
 
-use super::blobs::{FORGET_UNLISTED, UNLISTED_TO_GARBAGE, bury};
-use super::sql::{ALL_OF_A_TABLE, query};
+use super::blobs::{FORGET_UNLISTED, UNLISTED_TO_GARBAGE};
+use super::session::Session;
+use super::sql::{ALL_OF_A_TABLE, SqlError, query};
 use super::{Db, object_key, on, transaction};
 use crate::error::Result;
 use crate::model::{BlobId, ObjectKey};
+
+/// Leaves blobs to be deleted, for the reason `tombstone`.
+pub(super) async fn bury(
+    tx: &mut Session,
+    blobs: impl IntoIterator<Item = Uuid>,
+    tombstone: &str,
+    now_ms: i64,
+) -> std::result::Result<(), SqlError> {
+    let blobs: Vec<_> = blobs.into_iter().collect();
+    let count = blobs.len();
+    if count > 0 {
+        query(
+            "UPDATE blobs SET state = 'deleting', tombstone = $1, changed_at_ms = $2, cleaned_at_ms = NULL
+             WHERE state <> 'deleting' AND id IN ",
+        )
+        .bind(tombstone)
+        .bind(now_ms)
+        .push_list(blobs)
+        .rows(count)
+        .execute(tx)
+        .await?;
+    }
+    Ok(())
+}
 
 impl Db {
     /// Takes artifacts whose time is up out of the database and leaves their blobs to be deleted.

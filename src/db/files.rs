@@ -10,7 +10,8 @@ use std::iter;
 use uuid::Uuid;
 
 use super::artifacts::{INSERT_ARTIFACT, LOCK_NAME, over_limit};
-use super::blobs::{BEGIN, bury};
+use super::blobs::BEGIN;
+use super::cleaning::bury;
 use super::sql::{query, row_struct};
 use super::{Created, Db, Failure, NewArtifact, TRIES, lost_every_race, object_key, on, signed, transaction, unsigned};
 use crate::error::{Error, Result};

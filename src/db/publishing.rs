@@ -5,7 +5,8 @@
 
 use uuid::Uuid;
 
-use super::blobs::{BEGIN, ROWS_PER_INSERT, bury, placement};
+use super::blobs::{BEGIN, ROWS_PER_INSERT, placement};
+use super::cleaning::bury;
 use super::sql::{ALL_OF_A_TABLE, query, row_struct};
 use super::{Db, Failure, on, signed, transaction, unsigned};
 use crate::error::Result;
