@@ -31,7 +31,7 @@ USER 65532:65532
 WORKDIR /data
 VOLUME /data
 EXPOSE 8080 9090
-# SIGTERM starts the graceful stop. It takes up to drain_delay and drain_timeout: give docker stop --time 130.
+# SIGTERM starts the graceful stop. It takes up to drain_delay and drain_timeout: give docker stop --time 140.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=6s --start-period=30s --retries=3 CMD ["/usr/local/bin/wharfinger", "health"]
 ENTRYPOINT ["/usr/local/bin/wharfinger"]

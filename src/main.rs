@@ -2,14 +2,17 @@
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::anyhow;
 use clap::Parser as _;
-use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 use wharfinger::cli::{self, Cli, Command};
 use wharfinger::config::{Config, LogFormat, LogSettings};
 use wharfinger::failpoint;
+
+/// How long threads that nobody waits for any more may take to end: one may wait for a disk that does not answer.
+const LAST_WORK: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
     // Wrong usage ends here, with exit code 2.
@@ -29,7 +32,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let settings = cli.overrides();
     match cli.into_command() {
-        Command::OnRunner(command) => runtime()?.block_on(command.run()),
+        Command::OnRunner(command) => run_to_its_end(command.run()),
         Command::OnServer(command) => {
             let loaded = Config::load(&settings, cli::environment()?)?;
             start_tracing(&loaded.config.log)?;
@@ -37,13 +40,16 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             for warning in &loaded.warnings {
                 tracing::warn!("{warning}");
             }
-            runtime()?.block_on(command.run(loaded))
+            run_to_its_end(command.run(loaded))
         }
     }
 }
 
-fn runtime() -> io::Result<Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()
+fn run_to_its_end(command: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let outcome = runtime.block_on(command);
+    runtime.shutdown_timeout(LAST_WORK);
+    outcome
 }
 
 /// To standard error: standard output belongs to what commands print.

@@ -33,9 +33,11 @@ pub use session::Lane;
 pub use sqlite::{Lent, Sqlite};
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 use sqlx::PgPool;
 use sqlx::postgres::PgDatabaseError;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use self::sql::{SqlError, query};
@@ -138,6 +140,9 @@ impl From<Failure> for Error {
     }
 }
 
+/// How long connections in use may take to come back when all are closed.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// How often a transaction that lost a race is tried again before the caller is told to come back later.
 const TRIES: usize = 8;
 
@@ -219,10 +224,17 @@ impl Db {
         Ok(asked_ms.midpoint(clock.machine_ms()) - theirs)
     }
 
+    /// Closes each connection once it is not in use any more. A database that does not answer is not waited for for
+    /// long: whoever hangs in it was promised nothing yet.
     pub async fn close(&self) {
-        match self {
-            Db::Postgres(pool) => pool.close().await,
-            Db::Sqlite(sqlite) => sqlite.close().await,
+        let closing = async {
+            match self {
+                Db::Postgres(pool) => pool.close().await,
+                Db::Sqlite(sqlite) => sqlite.close().await,
+            }
+        };
+        if timeout(CLOSE_TIMEOUT, closing).await.is_err() {
+            tracing::warn!("not every connection to the database was closed: it does not answer");
         }
     }
 }

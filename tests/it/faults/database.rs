@@ -94,9 +94,11 @@ enum Cut {
     Before,
     /// It has answered the COMMIT, and the answer is lost.
     After,
+    /// As [`Cut::Before`], and nobody is told that the connection is gone.
+    Silently,
 }
 
-/// Between server and Postgres. Once armed, it hangs up on both over the next COMMIT.
+/// Between server and Postgres. Once armed, it cuts the connection over the next COMMIT.
 struct Proxy {
     port: u16,
     armed: Arc<Mutex<Option<Cut>>>,
@@ -146,9 +148,11 @@ async fn pass_on(mut client: TcpStream, mut server: TcpStream, armed: Arc<Mutex<
                 }
                 // A COMMIT is a message of its own.
                 if sent.windows(7).any(|window| window == b"COMMIT\0") {
-                    match armed.lock().unwrap().take() {
+                    let cut = armed.lock().unwrap().take();
+                    match cut {
                         Some(Cut::Before) => return Ok(()),
                         Some(Cut::After) => striking = true,
+                        Some(Cut::Silently) => std::future::pending().await,
                         None => {}
                     }
                 }
@@ -176,7 +180,7 @@ async fn a_lost_commit(cut: Cut) {
     // A body is not kept to be written again: what did not get through must be sent again.
     let expected = |reply: &Reply| match cut {
         Cut::After => reply.status == 201,
-        Cut::Before => reply.is_busy(),
+        Cut::Before | Cut::Silently => reply.is_busy(),
     };
 
     let link = proxy.cut(cut, client.create("name")).await.unwrap();
@@ -232,6 +236,26 @@ async fn a_commit_whose_answer_is_lost_is_looked_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_that_is_lost_is_made_up_for() {
     a_lost_commit(Cut::Before).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_stops_even_if_the_database_never_answers() {
+    let postgres = Postgres::start();
+    let proxy = Proxy::before(postgres.port()).await;
+    let server = TestServer::start_with(Backend::PostgresS3, |config| {
+        config.database.url = SecretString::from(format!("postgres://postgres@127.0.0.1:{}/postgres", proxy.port));
+        config.server.drain_timeout = Duration::ZERO;
+    })
+    .await;
+    let client = Client::of(&server);
+    let stop = async {
+        super::until("the COMMIT is on its way", || proxy.armed.lock().unwrap().is_none()).await;
+        server.stop().await;
+    };
+    let stopped = tokio::time::timeout(PATIENCE, stop);
+    let (created, stopped) = tokio::join!(proxy.cut(Cut::Silently, client.create("name")), stopped);
+    assert_eq!(created.unwrap_err().status, 0, "nothing was promised");
+    assert!(stopped.is_ok(), "it waits for the database");
 }
 
 /// Lets transactions on artifacts and blobs be taken back so many times, by their first statement or by their COMMIT.
