@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use tempfile::TempDir;
 
-use crate::common::process::{Environment, Process, RemoteJob, free_port, secret_file};
+use crate::common::process::{Environment, Process, RemoteJob, free_port, http_client, secret_file};
 use crate::common::s3::S3Server;
 use crate::common::{block_link, block_list, postgres_database};
 
@@ -97,7 +97,7 @@ async fn a_minted_token_is_accepted_by_the_server_beside() {
     );
 
     let list = async |token: &str, run: &str| {
-        let reply = reqwest::Client::new()
+        let reply = http_client()
             .post(format!(
                 "{}/twirp/github.actions.results.api.v1.ArtifactService/ListArtifacts",
                 server.url
@@ -156,10 +156,7 @@ fn check_config_hides_secrets() {
     fs::write(&file, "canary\n").unwrap();
     environment.set("WHARFINGER_STORAGE__SECRET_ACCESS_KEY_FILE", file.display());
     environment.set("WHARFINGER_STORAGE__SESSION_TOKEN", "canary");
-    let output = environment
-        .command(&["check-config", "--listen", "127.0.0.1:8123"])
-        .output()
-        .unwrap();
+    let output = environment.run(&["check-config", "--listen", "127.0.0.1:8123"]);
     assert!(output.status.success(), "{output:?}");
     let said = String::from_utf8(output.stdout).unwrap();
     let shown: toml::Table = said.parse().unwrap();
@@ -186,7 +183,7 @@ fn check_config_hides_secrets() {
 fn unknown_variables_warn() {
     let (_directory, mut environment) = embedded();
     environment.set("WHARFINGER_PORT_8080_TCP", "tcp://10.0.0.1:8080");
-    let output = environment.command(&["check-config"]).output().unwrap();
+    let output = environment.run(&["check-config"]);
     assert!(output.status.success(), "{output:?}");
     let said = String::from_utf8(output.stderr).unwrap();
     let line: Value = serde_json::from_str(said.trim()).unwrap();
@@ -206,7 +203,7 @@ fn unknown_flags_refuse() {
         &["sink"],
         &["token", "mint", "--job", "x"],
     ] {
-        let output = environment.command(arguments).output().unwrap();
+        let output = environment.run(arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         assert!(
             String::from_utf8_lossy(&output.stderr).contains("Usage: wharfinger"),

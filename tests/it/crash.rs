@@ -16,7 +16,7 @@ use sqlx::{PgPool, SqlitePool};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 
-use crate::common::process::{Environment, Process, RemoteJob, secret_file};
+use crate::common::process::{Environment, Process, RemoteJob, http_client, secret_file};
 use crate::common::s3::S3Server;
 use crate::common::{Backend, block_link, block_list, postgres_database};
 
@@ -476,7 +476,7 @@ async fn stopped_in_order(mut wharf: Wharf) {
     .await;
     // Load balancers have not noticed yet: what comes now is served.
     let newcomer = RemoteJob {
-        http: reqwest::Client::new(),
+        http: http_client(),
         ..job.clone()
     };
     assert_eq!(newcomer.names().await, ["old"]);
@@ -506,7 +506,7 @@ async fn one_server_at_a_time_on_a_data_directory() {
     let server = wharf.start();
     let mut elsewhere = Environment::embedded(Path::new(&wharf.environment.0["WHARFINGER_DATA_DIR"]));
     elsewhere = elsewhere.listening();
-    let output = elsewhere.command(&["serve"]).output().unwrap();
+    let output = elsewhere.run(&["serve"]);
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(said.lines().count(), 1, "{said}");

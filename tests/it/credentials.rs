@@ -14,7 +14,7 @@ use wharfinger::model::{BlobKind, Principal};
 use wharfinger::papers::{MintRequest, Permission};
 use wharfinger::service::credentials::RunToClose;
 
-use super::common::process::{Environment, Process};
+use super::common::process::{Environment, Process, http_client};
 use super::common::s3::S3Server;
 use super::common::{Backend, blob_of, config};
 
@@ -40,7 +40,7 @@ impl Replicas {
         Self {
             apps,
             clock,
-            http: reqwest::Client::new(),
+            http: http_client(),
             _s3: s3,
             _directory: directory,
         }
@@ -305,7 +305,7 @@ async fn the_commands_work_beside_a_server() {
     let directory = tempfile::tempdir().unwrap();
     let server = Process::start(&Environment::embedded(&directory.path().join("data")));
     let environment = &server.environment;
-    let http = reqwest::Client::new();
+    let http = http_client();
     let list = async |token: &str| {
         let method = "github.actions.results.api.v1.ArtifactService/ListArtifacts";
         let call = http
@@ -342,7 +342,7 @@ async fn the_commands_work_beside_a_server() {
         environment.output(&[&["token", "mint"][..], &method].concat())
     };
     becomes(by_second.trim(), 403).await;
-    let refused = environment.command(&["keys", "retire", "1"]).output().unwrap();
+    let refused = environment.run(&["keys", "retire", "1"]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && said.contains("--at-once"), "{said}");
     environment.output(&["keys", "retire", "1", "--at-once"]);
@@ -406,7 +406,7 @@ async fn the_commands_work_beside_a_server() {
         (vec!["keys", "retire", "9"], "no key 9"),
         (vec!["run", "close", "--repository", "x", "--run-id", "1"], "owner/name"),
     ] {
-        let output = environment.command(&wrong).output().unwrap();
+        let output = environment.run(&wrong);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && said.contains(why), "{wrong:?}: {said}");
     }

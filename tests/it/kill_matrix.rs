@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::common::client::{Outcome, Runner, Status, run_client};
-use crate::common::process::{Environment, Process, RemoteJob, secret_file};
+use crate::common::process::{Environment, PATIENCE, Process, RemoteJob, http_client, secret_file};
 use crate::common::s3::S3Server;
 use crate::common::{Backend, block_link, block_list, postgres_database};
 
@@ -172,7 +172,7 @@ async fn dies_at(backend: Backend, point: &'static str, drive: Drive) {
         for steps in 0..migrations() {
             let environment = wharf.environment.clone().listening();
             let armed = environment.with("FAILPOINTS", format!("{point}={steps}*off->return"));
-            let output = armed.command(&["serve", "--log-format", "json"]).output().unwrap();
+            let output = armed.run(&["serve", "--log-format", "json"]);
             assert_died_at(point, output.status, &String::from_utf8(output.stderr).unwrap());
         }
     }
@@ -190,9 +190,7 @@ async fn dies_at(backend: Backend, point: &'static str, drive: Drive) {
             let output = wharf
                 .cleaning()
                 .with("FAILPOINTS", armed(point))
-                .command(&["clean", "--log-format", "json"])
-                .output()
-                .unwrap();
+                .run(&["clean", "--log-format", "json"]);
             assert_died_at(point, output.status, &String::from_utf8(output.stderr).unwrap());
             server
         }
@@ -284,14 +282,17 @@ async fn finalize_wrongly(job: &RemoteJob) {
     let link = job.create("wrong").await;
     assert_eq!(job.put(&link, 5, "bytes").await.unwrap(), 201);
     let fields = json!({ "name": "wrong", "size": "5", "hash": format!("sha256:{}", sha256(b"others")) });
-    loop {
-        match job.call("FinalizeArtifact", fields.clone()).await {
-            (503, _) => {}
-            // Accepted, or found out already.
-            (200 | 404, _) => return,
-            answer => panic!("{answer:?}"),
+    let answered = async {
+        loop {
+            match job.call("FinalizeArtifact", fields.clone()).await {
+                (503, _) => {}
+                // Accepted, or found out already.
+                (200 | 404, _) => return,
+                answer => panic!("{answer:?}"),
+            }
         }
-    }
+    };
+    tokio::time::timeout(PATIENCE, answered).await.unwrap();
 }
 
 /// What a client was told, by artifact id. What it asked to have deleted and was not told of is in neither.
@@ -456,23 +457,26 @@ async fn persist(
     content_range: Option<&str>,
     body: &[u8],
 ) -> (u16, Value) {
-    loop {
-        let mut request = job
-            .http
-            .request(method.clone(), format!("{}{path}", job.url))
-            .bearer_auth(&job.token)
-            .header("content-type", "application/json")
-            .body(body.to_vec());
-        if let Some(range) = content_range {
-            request = request.header("content-range", range);
+    let answered = async {
+        loop {
+            let mut request = job
+                .http
+                .request(method.clone(), format!("{}{path}", job.url))
+                .bearer_auth(&job.token)
+                .header("content-type", "application/json")
+                .body(body.to_vec());
+            if let Some(range) = content_range {
+                request = request.header("content-range", range);
+            }
+            let reply = request.send().await.unwrap();
+            let status = reply.status().as_u16();
+            if status != 503 {
+                let body = reply.bytes().await.unwrap();
+                return (status, serde_json::from_slice(&body).unwrap_or_default());
+            }
         }
-        let reply = request.send().await.unwrap();
-        let status = reply.status().as_u16();
-        if status != 503 {
-            let body = reply.bytes().await.unwrap();
-            return (status, serde_json::from_slice(&body).unwrap_or_default());
-        }
-    }
+    };
+    tokio::time::timeout(PATIENCE, answered).await.unwrap()
 }
 
 /// Uploads blocks in the order opposite to the list's, the first of them twice. Returns the id.
@@ -551,9 +555,7 @@ impl Balancer {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (replica, replicas) = watch::channel(None);
-        let router = Router::new()
-            .fallback(balance)
-            .with_state((replicas, reqwest::Client::new()));
+        let router = Router::new().fallback(balance).with_state((replicas, http_client()));
         tokio::spawn(async move { axum::serve(listener, router).await });
         Self { url, replica }
     }
@@ -718,11 +720,7 @@ impl Wharf {
     /// Cleans until there is nothing left to do.
     async fn clean(&self) {
         until("nothing is left to clean", async || {
-            let output = self
-                .cleaning()
-                .command(&["clean", "--log-format", "json"])
-                .output()
-                .unwrap();
+            let output = self.cleaning().run(&["clean", "--log-format", "json"]);
             let log = String::from_utf8(output.stderr).unwrap();
             if !output.status.success() {
                 // A cleaner that died holds its lease for a while.
@@ -765,7 +763,7 @@ impl Wharf {
         .await;
         ledger.compare(job).await;
         self.clean().await;
-        let fsck = self.cleaning().command(&["fsck", "--deep"]).output().unwrap();
+        let fsck = self.cleaning().run(&["fsck", "--deep"]);
         assert!(fsck.status.success(), "{fsck:#?}");
         let needed = ledger.compare(job).await;
         let mut stored = 0;

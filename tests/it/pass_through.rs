@@ -245,7 +245,7 @@ async fn a_server_that_is_away_is_told_of() {
     ] {
         let mut environment = Environment::embedded(&directory.path().join("data")).listening();
         environment.set(&format!("WHARFINGER_PASS_THROUGH__{name}"), value);
-        let output = environment.command(&["serve"]).output().unwrap();
+        let output = environment.run(&["serve"]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && said.contains(why), "{said}");
     }

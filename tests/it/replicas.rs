@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 
 use crate::common::client::{Runner, Status, run_client};
 use crate::common::postgres_database;
-use crate::common::process::{Environment, Process, secret_file};
+use crate::common::process::{Environment, Process, http_client, secret_file};
 use crate::common::s3::S3Server;
 
 /// Everything that the artifact client asks for.
@@ -113,7 +113,7 @@ async fn every_request_may_land_on_another_replica() {
         replicas: replicas
             .each_ref()
             .map(|replica| format!("http://{}", replica.environment.0["WHARFINGER_LISTEN"])),
-        http: reqwest::Client::new(),
+        http: http_client(),
         seen: Mutex::default(),
     });
     let router = Router::new().fallback(pass_on).with_state(Arc::clone(&proxy));

@@ -264,7 +264,7 @@ async fn no_secret_gets_out(backend: Backend) {
             "WHARFINGER_DATABASE__URL",
             format!("postgres://postgres:{DATABASE_PASSWORD}@127.0.0.1:1/nothing"),
         );
-        let output = nowhere.command(&["migrate"]).output().unwrap();
+        let output = nowhere.run(&["migrate"]);
         assert!(!output.status.success());
         canaries.look("a failure to start", &String::from_utf8_lossy(&output.stderr));
     }

@@ -219,7 +219,7 @@ fn files_that_cannot_be_used_are_explained() {
 
     let mut environment = authority.environment("https://127.0.0.1");
     environment.0.remove("WHARFINGER_TLS__KEY_FILE");
-    let output = environment.command(&["check-config"]).output().unwrap();
+    let output = environment.run(&["check-config"]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && said.contains("both, or neither"), "{said}");
 }

@@ -1,12 +1,15 @@
 //! The real clients: `tests/e2e/client.mjs` or `cache.mjs` in a Node process of its own, and what it says of each case.
 
-use std::fs::{self, File};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::process::node;
+use super::process::{node, to_its_end};
+
+/// Each case has a limit of its own; this is for a process that does not keep it.
+const PATIENCE: Duration = Duration::from_secs(30 * 60);
 
 /// What became of one case of one client.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -47,8 +50,6 @@ pub struct Runner {
 /// If the process ends before it has reported.
 pub fn run_client(runner: &Runner, client: &str, cases: &str) -> Vec<Outcome> {
     let directory = tempfile::tempdir().unwrap();
-    // A file takes any amount of log without anybody reading along.
-    let log = directory.path().join("stderr.log");
     let script = if client.starts_with("cache-") {
         "tests/e2e/cache.mjs"
     } else if client.starts_with("artifact-1.") {
@@ -57,7 +58,8 @@ pub fn run_client(runner: &Runner, client: &str, cases: &str) -> Vec<Outcome> {
         "tests/e2e/client.mjs"
     };
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
-    let output = Command::new(node())
+    let mut command = Command::new(node());
+    command
         .arg(script)
         .args([client, cases])
         .env("ACTIONS_RESULTS_URL", format!("{}/", runner.url))
@@ -69,18 +71,16 @@ pub fn run_client(runner: &Runner, client: &str, cases: &str) -> Vec<Outcome> {
         .env("GITHUB_SERVER_URL", "https://github.com")
         .env("GITHUB_WORKSPACE", directory.path())
         .env("RUNNER_TEMP", directory.path())
-        .envs(runner.variables.iter().map(|(name, value)| (name, value)))
-        .stdin(Stdio::null())
-        .stderr(File::create(&log).unwrap())
-        .output()
-        .unwrap();
+        .envs(runner.variables.iter().map(|(name, value)| (name, value)));
+    let output = to_its_end(&mut command, PATIENCE);
     let said = String::from_utf8_lossy(&output.stdout);
     let outcomes: Vec<Outcome> = said
         .lines()
         .filter_map(|line| line.strip_prefix("@@"))
         .map(|line| serde_json::from_str(line).unwrap())
         .collect();
-    let told = |what: String| format!("{what}\n{said}\n{}", fs::read_to_string(&log).unwrap_or_default());
+    let log = String::from_utf8_lossy(&output.stderr);
+    let told = |what: String| format!("{what}\n{said}\n{log}");
     assert!(
         output.status.success() && !outcomes.is_empty(),
         "{}",

@@ -1,11 +1,12 @@
 //! Wharfinger as a process of its own: for what only a process can show, such as `kill -9`.
 
 use std::collections::HashMap;
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -91,9 +92,14 @@ impl Environment {
         command.envs(&self.0);
     }
 
+    /// Runs the program to its end, whichever that is.
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        to_its_end(&mut self.command(arguments), PATIENCE)
+    }
+
     /// What a command that must succeed prints.
     pub fn output(&self, arguments: &[&str]) -> String {
-        let output = self.command(arguments).output().unwrap();
+        let output = self.run(arguments);
         assert!(
             output.status.success(),
             "{arguments:?}: {}",
@@ -101,6 +107,43 @@ impl Environment {
         );
         String::from_utf8(output.stdout).unwrap()
     }
+}
+
+/// Longer than any command or request lasts that ends at all.
+pub const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Runs a command to its end and returns what it wrote.
+///
+/// # Panics
+/// If it does not end within `patience`: it is killed, and what it wrote and was doing is told.
+pub fn to_its_end(command: &mut Command, patience: Duration) -> Output {
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pid = child.id();
+    let (ended, end) = mpsc::channel();
+    std::thread::spawn(move || ended.send(child.wait_with_output()));
+    if let Ok(output) = end.recv_timeout(patience) {
+        return output.unwrap();
+    }
+    let doing = doing(pid);
+    Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+    // What it started may hold its pipes still.
+    let output = end.recv_timeout(PATIENCE);
+    panic!("{command:?} does not end: {doing:#?} {output:#?}");
+}
+
+/// What each thread of a process waits for: its name and the place in the kernel.
+fn doing(pid: u32) -> Vec<String> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+    let told = |thread: PathBuf, what: &str| fs::read_to_string(thread.join(what)).unwrap_or_default();
+    threads
+        .map(|thread| thread.unwrap().path())
+        .map(|thread| format!("{} in {}", told(thread.clone(), "comm").trim(), told(thread, "wchan")))
+        .collect()
 }
 
 /// The same root secret for every replica, in a file of its own below `directory`.
@@ -196,7 +239,7 @@ impl Process {
 
     /// How it ended, if it did.
     #[cfg(feature = "failpoints")]
-    pub fn ended(&mut self) -> Option<std::process::ExitStatus> {
+    pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().unwrap()
     }
 
@@ -260,7 +303,7 @@ impl Process {
     /// SIGTERM. Returns once the process has ended, with every line of its log.
     pub fn log_to_its_end(mut self) -> Vec<String> {
         self.ask_to_stop();
-        self.child.wait().unwrap();
+        self.until_ended();
         let reader = self.reader.take().unwrap();
         reader.join().unwrap();
         std::mem::take(&mut *self.log.lock().unwrap())
@@ -268,13 +311,29 @@ impl Process {
 
     /// Returns once the process has ended, with its exit code.
     pub fn wait(mut self) -> Option<i32> {
-        self.child.wait().unwrap().code()
+        self.until_ended().code()
+    }
+
+    fn until_ended(&mut self) -> ExitStatus {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "the server does not end: {:#?} {:#?}",
+                doing(self.pid()),
+                self.log.lock().unwrap()
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Job `build` of run `1` of `octo/demo`, as its client acts against this process.
     pub fn job(&self) -> RemoteJob {
         RemoteJob {
-            http: reqwest::Client::new(),
+            http: http_client(),
             url: self.url.clone(),
             token: self.token("octo/demo", "1", "build"),
         }
@@ -287,6 +346,11 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A client for requests that fail when they get no answer.
+pub fn http_client() -> reqwest::Client {
+    reqwest::Client::builder().timeout(PATIENCE).build().unwrap()
 }
 
 /// A job that lives on while its server dies and comes back.
@@ -337,7 +401,11 @@ impl RemoteJob {
     /// The same, with a connection for each request: one that is kept may be closed, by a server that stops, at the
     /// moment at which the next request is sent on it.
     pub fn keeping_no_connections(self) -> Self {
-        let http = reqwest::Client::builder().pool_max_idle_per_host(0).build().unwrap();
+        let http = reqwest::Client::builder()
+            .timeout(PATIENCE)
+            .pool_max_idle_per_host(0)
+            .build()
+            .unwrap();
         Self { http, ..self }
     }
 

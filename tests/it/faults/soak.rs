@@ -579,7 +579,7 @@ mod long {
         }
         // Once nothing disturbs it, the cleaner catches up.
         let fsck = |arguments: &[&str]| {
-            let output = harbour.environments[0].command(arguments).output().unwrap();
+            let output = harbour.environments[0].run(arguments);
             let said = [output.stdout, output.stderr].concat();
             (output.status.success(), String::from_utf8(said).unwrap())
         };
