@@ -220,7 +220,7 @@ const artifactCases = {
   async killed(root, name) {
     const half = await makeFiles(path.join(root, 'half'), { 'image.tar': 64 * MiB })
     const whole = await makeFiles(path.join(root, 'whole'), { 'image.tar': 64 * MiB })
-    const child = spawn(process.execPath, [self, clientName, '--die', name, half.root, ...half.files], { stdio: 'inherit' })
+    const child = spawn(process.execPath, [...process.execArgv, self, clientName, '--die', name, half.root, ...half.files], { stdio: 'inherit' })
     const signal = await new Promise((resolve, reject) => child.on('error', reject).on('exit', (_, signal) => resolve(signal)))
     assert.equal(signal, 'SIGKILL', 'the first upload was to be killed half way')
     assert.deepEqual(await listed(name), [], 'half an artifact is in the list')

@@ -143,7 +143,8 @@ async fn killed_in_the_middle_of_a_migration() {
     let mut holder = PgConnection::connect(url).await.unwrap();
     holder.execute("BEGIN; CREATE TABLE artifacts ()").await.unwrap();
     let environment = wharf.environment.clone().listening();
-    let mut first = environment.command(&["serve"]).stderr(Stdio::null()).spawn().unwrap();
+    let mut first = environment.command(&["serve"]);
+    let mut first = first.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let mut looker = PgConnection::connect(url).await.unwrap();
     until("the migration waits", async || {
         sqlx::query_scalar(

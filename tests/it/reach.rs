@@ -221,7 +221,7 @@ impl Runner {
 
     /// A `run:` step: with what all steps get.
     fn step(&self) -> Command {
-        let mut command = Command::new(node());
+        let mut command = node();
         command
             .env_clear()
             .envs(self.environment())
@@ -286,7 +286,7 @@ fn server() -> (TempDir, Process) {
 
 #[test]
 fn the_preload_decides_rightly_on_every_system() {
-    let output = Command::new(node()).arg(e2e("preload.cjs")).output().unwrap();
+    let output = node().arg(e2e("preload.cjs")).output().unwrap();
     assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
 }
 
@@ -580,7 +580,7 @@ fn node_finds_the_preload_in_any_directory() {
         .lines()
         .find_map(|line| line.strip_prefix("NODE_OPTIONS="))
         .unwrap();
-    let node = Command::new(node())
+    let node = node()
         .env_clear()
         .env("NODE_OPTIONS", options)
         .args(["-p", "Object.keys(require.cache).length"])
@@ -644,7 +644,7 @@ fn images_and_pods_get_the_same() {
     let parse = |text: &str| -> Value {
         let script =
             "process.stdout.write(JSON.stringify(require('yaml').parse(require('fs').readFileSync(0, 'utf8'))))";
-        let mut child = Command::new(node())
+        let mut child = node()
             .args(["-e", script])
             .current_dir(e2e(""))
             .stdin(Stdio::piped())

@@ -1,7 +1,6 @@
 //! The real clients: `tests/e2e/client.mjs` or `cache.mjs` in a Node process of its own, and what it says of each case.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -58,7 +57,7 @@ pub fn run_client(runner: &Runner, client: &str, cases: &str) -> Vec<Outcome> {
         "tests/e2e/client.mjs"
     };
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
-    let mut command = Command::new(node());
+    let mut command = node();
     command
         .arg(script)
         .args([client, cases])

@@ -70,7 +70,11 @@ async fn uploads_fit_in_memory(backend: Backend, size_bytes: usize) {
         environment.set(name, value);
     }
     let server = Process::start(&environment);
-    let job = server.job();
+    // Without a time limit: all of it may be more than the disk takes in some minutes.
+    let job = RemoteJob {
+        http: reqwest::Client::new(),
+        ..server.job()
+    };
     let mut links = Vec::new();
     for i in 0..UPLOADS {
         links.push(job.create(&format!("large-{i}")).await);
