@@ -250,8 +250,9 @@ impl<'a> Waiting<'a> {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         let is_last = self.pool.waiting.fetch_sub(1, Ordering::SeqCst) == 1;
-        // A group may have been left to this one.
-        if self.in_vain && is_last && !self.pool.places.is_closed() {
+        // A group may have been left to this one. If it is not back yet, whoever brings it finds nobody waiting.
+        let is_left = || self.pool.idle().iter().any(|kept| kept.group.is_some());
+        if self.in_vain && is_last && !self.pool.places.is_closed() && is_left() {
             self.pool.settle_soon();
         }
     }
