@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use tempfile::TempDir;
 
-use crate::common::process::{Environment, Process, RemoteJob, free_port, http_client, secret_file};
+use crate::common::process::{
+    Environment, PATIENCE, Process, RemoteJob, ToItsEnd, free_port, http_client, secret_file,
+};
 use crate::common::s3::S3Server;
 use crate::common::{block_link, block_list, postgres_database};
 
@@ -51,8 +53,7 @@ fn env_is_for_eval() {
         .arg(env!("CARGO_BIN_EXE_wharfinger"))
         .args(JOB)
         .args(["--attempt", "3"])
-        .output()
-        .unwrap();
+        .to_its_end(PATIENCE);
     assert!(output.status.success(), "{output:?}");
     let said = String::from_utf8(output.stdout).unwrap();
     let (token, variables) = said

@@ -9,6 +9,7 @@ use std::process::Command;
 use opendal::services::Ghac;
 use opendal::{ErrorKind, Operator};
 
+use super::common::process::{PATIENCE, ToItsEnd};
 use super::common::{Backend, TestServer};
 
 const IN_A_JOB: &str = "ghac::in_a_job";
@@ -23,7 +24,7 @@ async fn run(backend: Backend, service_v2: &str) {
         .env("ACTIONS_RESULTS_URL", format!("{}/", server.url))
         .env("ACTIONS_RUNTIME_TOKEN", server.token("octo/demo", "1", "build"))
         .env("GITHUB_SERVER_URL", "https://github.com");
-    let output = tokio::task::spawn_blocking(move || job.output().unwrap())
+    let output = tokio::task::spawn_blocking(move || job.to_its_end(PATIENCE))
         .await
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);

@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::common::process::{Environment, Process, free_port, node};
+use crate::common::process::{Environment, PATIENCE, Process, ToItsEnd, free_port, node};
 use crate::tls::Authority;
 
 /// What a runner of GitHub Enterprise Server tells its jobs.
@@ -201,9 +201,7 @@ impl Runner {
 
     fn install(&self, flags: &[&str]) -> Output {
         let directory = self.directory.path().to_str().unwrap();
-        wharfinger(&[&["runner", "install", directory], flags].concat())
-            .output()
-            .unwrap()
+        wharfinger(&[&["runner", "install", directory], flags].concat()).to_its_end(PATIENCE)
     }
 
     fn dot_env(&self) -> String {
@@ -263,8 +261,7 @@ impl Runner {
             .env("INPUT_DO", doing)
             .env("INPUT_NAME", name)
             .env("INPUT_PATH", file)
-            .output()
-            .unwrap()
+            .to_its_end(PATIENCE)
     }
 
     /// As [`Runner::client`], for what must succeed at `url`.
@@ -286,7 +283,7 @@ fn server() -> (TempDir, Process) {
 
 #[test]
 fn the_preload_decides_rightly_on_every_system() {
-    let output = node().arg(e2e("preload.cjs")).output().unwrap();
+    let output = node().arg(e2e("preload.cjs")).to_its_end(PATIENCE);
     assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
 }
 
@@ -350,7 +347,7 @@ fn what_an_artifact_action_starts_has_the_runners_environment() {
         runner.put_action(path, STARTING_ACTION);
         let mut command = runner.action(path);
         let given = given(&command);
-        let seen = seen(&command.output().unwrap());
+        let seen = seen(&command.to_its_end(PATIENCE));
         assert_eq!(seen.len(), 8);
         for (way, seen) in seen.iter().filter(|(way, _)| *way != "own") {
             assert_eq!(telling(seen), telling(&given), "{way}");
@@ -372,7 +369,7 @@ fn what_another_action_starts_has_the_servers_addresses_and_the_forges_host() {
     for name in ["ACTIONS_RESULTS_URL", "ACTIONS_CACHE_URL", "ACTIONS_RUNTIME_URL"] {
         expected.insert(name.to_owned(), "https://w.example/".to_owned());
     }
-    let seen = seen(&command.output().unwrap());
+    let seen = seen(&command.to_its_end(PATIENCE));
     assert_eq!(seen.len(), 8);
     for (way, seen) in &seen {
         assert_eq!(telling(seen), telling(&expected), "{way}");
@@ -392,7 +389,7 @@ fn what_is_no_action_is_left_alone() {
             command.envs(runner.runtime());
         }
         let expected = given(&command);
-        let output = command.output().unwrap();
+        let output = command.to_its_end(PATIENCE);
         assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
         // Nothing but this was said.
         let seen: BTreeMap<String, String> = serde_json::from_slice(&output.stdout).unwrap();
@@ -418,7 +415,7 @@ fn local_actions_are_redirected_and_a_good_host_stays() {
     fs::write(runner.path(directory).join("action.yml"), "").unwrap();
     runner.put_action(CACHE, STARTING_ACTION);
     for path in [script.as_str(), CACHE] {
-        let seen = seen(&runner.action(path).output().unwrap());
+        let seen = seen(&runner.action(path).to_its_end(PATIENCE));
         assert_eq!(seen["own"]["ACTIONS_RESULTS_URL"], "https://w.example/", "{path}");
         assert_eq!(seen["own"]["GITHUB_SERVER_URL"], "https://octo.ghe.com", "{path}");
     }
@@ -571,9 +568,7 @@ fn node_finds_the_preload_in_any_directory() {
     fs::write(directory.join("run.cmd"), "").unwrap();
     fs::write(directory.join(".env"), "A=b\n").unwrap();
     let path = directory.to_str().unwrap();
-    let output = wharfinger(&["runner", "install", path, "--url", "https://w.example"])
-        .output()
-        .unwrap();
+    let output = wharfinger(&["runner", "install", path, "--url", "https://w.example"]).to_its_end(PATIENCE);
     assert!(output.status.success(), "{output:?}");
     let text = fs::read_to_string(directory.join(".env")).unwrap();
     let options = text
@@ -584,8 +579,7 @@ fn node_finds_the_preload_in_any_directory() {
         .env_clear()
         .env("NODE_OPTIONS", options)
         .args(["-p", "Object.keys(require.cache).length"])
-        .output()
-        .unwrap();
+        .to_its_end(PATIENCE);
     assert_eq!(stdout(&node), "1\n", "{node:?}");
     let doctor = doctor_with(
         [("NODE_OPTIONS", options), ("WHARFINGER_URL", "https://w.example:1")],
@@ -603,8 +597,8 @@ fn mistakes_are_answered_in_one_sentence() {
         assert!(!output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };
-    let output = wharfinger(&["runner", "install", empty, "--url", "https://w.example"]).output();
-    assert!(said(output.unwrap()).contains("is no runner's directory: name the one that has config.sh"));
+    let output = wharfinger(&["runner", "install", empty, "--url", "https://w.example"]).to_its_end(PATIENCE);
+    assert!(said(output).contains("is no runner's directory: name the one that has config.sh"));
     for url in ["w.example", "https://u:canary@w.example", "https://w.example/prefix"] {
         let said = said(runner.install(&["--url", url]));
         assert!(said.contains("must be an origin, such as https://"), "{said}");
@@ -628,9 +622,7 @@ fn images_and_pods_get_the_same() {
             "--print",
             what,
         ];
-        let output = wharfinger(&[&["runner", "install"], &flags[..]].concat())
-            .output()
-            .unwrap();
+        let output = wharfinger(&[&["runner", "install"], &flags[..]].concat()).to_its_end(PATIENCE);
         assert!(output.status.success(), "{output:?}");
         stdout(&output)
     };
@@ -730,8 +722,7 @@ fn doctor_with<N: AsRef<std::ffi::OsStr>, V: AsRef<std::ffi::OsStr>>(
 ) -> Diagnosis {
     let output = wharfinger(&[&["doctor", "--json"], flags].concat())
         .envs(environment)
-        .output()
-        .unwrap();
+        .to_its_end(PATIENCE);
     let report = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
     Diagnosis {
         code: output.status.code().unwrap(),
@@ -824,7 +815,7 @@ fn doctor_looks_at_a_server_from_outside() {
     fs::write(&token_file, server.token("octo/demo", "1", "build")).unwrap();
     let flags = ["--url", &server.url, "--token-file", token_file.to_str().unwrap()];
     doctor_with(none(), &flags).assert_good(&["tls"]);
-    let text = wharfinger(&["doctor", "--url", &server.url]).output().unwrap();
+    let text = wharfinger(&["doctor", "--url", &server.url]).to_its_end(PATIENCE);
     let last = format!("Artifacts and caches go to Wharfinger at {}.\n", server.url);
     assert!(stdout(&text).ends_with(&last), "{text:?}");
 
@@ -861,7 +852,10 @@ fn doctor_trusts_whom_node_trusts() {
     // And Node does, before it leaves a step as it was.
     let runner = Runner::installed(&token, &url, &["--fallback", "original"]);
     for (environment, is_used) in [(&known[..1], true), (&[], false)] {
-        let output = runner.action(OTHER).envs(environment.iter().copied()).output().unwrap();
+        let output = runner
+            .action(OTHER)
+            .envs(environment.iter().copied())
+            .to_its_end(PATIENCE);
         let line = format!("Wharfinger: artifacts and cache of this step go to {url}\n");
         assert_eq!(stdout(&output).contains(&line), is_used, "{output:?}");
     }

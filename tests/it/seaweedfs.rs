@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use wharfinger::db::Db;
 
+use crate::common::process::{PATIENCE, ToItsEnd};
 use crate::common::s3::S3Server;
 use crate::common::{Backend, TestServer, block_link, block_list};
 
@@ -23,8 +24,7 @@ fn seen(s3: &S3Server) -> BTreeSet<String> {
         .env("RCLONE_CONFIG_OUTSIDE_SECRET_ACCESS_KEY", s3.secret_access_key)
         // Authorities for others: it would not start.
         .env_remove("AWS_CA_BUNDLE")
-        .output()
-        .unwrap();
+        .to_its_end(PATIENCE);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout)
         .unwrap()

@@ -18,7 +18,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use wharfinger::api::tls::{Settings, Tls};
 
 use super::common::client::{Runner, Status, run_client, succeed};
-use super::common::process::{Environment, Process, free_port};
+use super::common::process::{Environment, PATIENCE, Process, ToItsEnd, free_port};
 use super::common::raw::converse;
 
 /// A name that `gh` takes for a GitHub Enterprise Server's. It stands in no DNS: a proxy knows where it is.
@@ -291,7 +291,7 @@ async fn gh_lists_and_downloads() {
             .env("NO_COLOR", "1")
             .stdin(Stdio::null())
             .current_dir(home.path());
-        tokio::task::spawn_blocking(move || command.output().unwrap())
+        tokio::task::spawn_blocking(move || command.to_its_end(PATIENCE))
             .await
             .unwrap()
     };

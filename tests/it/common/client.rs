@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::process::{node, to_its_end};
+use super::process::{ToItsEnd, node};
 
 /// Each case has a limit of its own; this is for a process that does not keep it.
 const PATIENCE: Duration = Duration::from_secs(30 * 60);
@@ -71,7 +71,7 @@ pub fn run_client(runner: &Runner, client: &str, cases: &str) -> Vec<Outcome> {
         .env("GITHUB_WORKSPACE", directory.path())
         .env("RUNNER_TEMP", directory.path())
         .envs(runner.variables.iter().map(|(name, value)| (name, value)));
-    let output = to_its_end(&mut command, PATIENCE);
+    let output = command.to_its_end(PATIENCE);
     let said = String::from_utf8_lossy(&output.stdout);
     let outcomes: Vec<Outcome> = said
         .lines()

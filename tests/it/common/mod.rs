@@ -121,7 +121,7 @@ impl TestServer {
             config,
             url,
             clock,
-            http: reqwest::Client::new(),
+            http: process::http_client(),
             s3,
             _directory: directory,
         }

@@ -94,7 +94,7 @@ impl Environment {
 
     /// Runs the program to its end, whichever that is.
     pub fn run(&self, arguments: &[&str]) -> Output {
-        to_its_end(&mut self.command(arguments), PATIENCE)
+        self.command(arguments).to_its_end(PATIENCE)
     }
 
     /// What a command that must succeed prints.
@@ -112,28 +112,35 @@ impl Environment {
 /// Longer than any command or request lasts that ends at all.
 pub const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Runs a command to its end and returns what it wrote.
-///
-/// # Panics
-/// If it does not end within `patience`: it is killed, and what it wrote and was doing is told.
-pub fn to_its_end(command: &mut Command, patience: Duration) -> Output {
-    let child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let pid = child.id();
-    let (ended, end) = mpsc::channel();
-    std::thread::spawn(move || ended.send(child.wait_with_output()));
-    if let Ok(output) = end.recv_timeout(patience) {
-        return output.unwrap();
+/// A command that is waited for, but not for ever.
+pub trait ToItsEnd {
+    /// Runs it to its end and returns what it wrote.
+    ///
+    /// # Panics
+    /// If it does not end within `patience`: it is killed, and what it wrote and was doing is told.
+    fn to_its_end(&mut self, patience: Duration) -> Output;
+}
+
+impl ToItsEnd for Command {
+    fn to_its_end(&mut self, patience: Duration) -> Output {
+        let child = self
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = child.id();
+        let (ended, end) = mpsc::channel();
+        std::thread::spawn(move || ended.send(child.wait_with_output()));
+        if let Ok(output) = end.recv_timeout(patience) {
+            return output.unwrap();
+        }
+        let doing = doing(pid);
+        Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+        // What it started may hold its pipes still.
+        let output = end.recv_timeout(PATIENCE);
+        panic!("{self:?} does not end: {doing:#?} {output:#?}");
     }
-    let doing = doing(pid);
-    Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
-    // What it started may hold its pipes still.
-    let output = end.recv_timeout(PATIENCE);
-    panic!("{command:?} does not end: {doing:#?} {output:#?}");
 }
 
 /// What each thread of a process waits for: its name and the place in the kernel.
@@ -441,4 +448,13 @@ pub fn node() -> Command {
     );
     command.arg("--single-threaded");
     command
+}
+
+#[test]
+fn what_does_not_end_is_killed_and_told() {
+    let asleep = std::panic::catch_unwind(|| Command::new("sleep").arg("1000").to_its_end(Duration::ZERO));
+    let told = asleep.unwrap_err().downcast::<String>().unwrap();
+    for part in ["does not end", "sleep in ", "unix_wait_status"] {
+        assert!(told.contains(part), "{told}");
+    }
 }
