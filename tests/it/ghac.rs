@@ -1,8 +1,8 @@
 //! `opendal`'s cache client, which sccache uses too, against whole servers: the cache's version 2 in protobuf, and
 //! version 1.
 //!
-//! It finds the server by its process's environment, as in a job. So each run is this test binary once more, in an
-//! environment of its own, with the one test that is ignored otherwise.
+//! It finds the server by its process's environment, as in a job. So each test starts a server and runs itself once more,
+//! in a process that has a job's environment: there it is the client.
 
 use std::process::Command;
 
@@ -12,13 +12,18 @@ use opendal::{ErrorKind, Operator};
 use super::common::process::{PATIENCE, ToItsEnd};
 use super::common::{Backend, TestServer};
 
-const IN_A_JOB: &str = "ghac::in_a_job";
+/// Set in the process that is the job.
+const IN_A_JOB: &str = "WHARFINGER_TEST_IN_A_JOB";
 const MIB: usize = 1024 * 1024;
 
-async fn run(backend: Backend, service_v2: &str) {
+async fn run(test: &str, backend: Backend, service_v2: &str) {
+    if std::env::var_os(IN_A_JOB).is_some() {
+        return use_the_cache().await;
+    }
     let server = TestServer::start(backend).await;
     let mut job = Command::new(std::env::current_exe().unwrap());
-    job.args(["--exact", IN_A_JOB, "--ignored"])
+    job.args(["--exact", &format!("ghac::{test}")])
+        .env(IN_A_JOB, "1")
         .env("ACTIONS_CACHE_SERVICE_V2", service_v2)
         .env("ACTIONS_CACHE_URL", format!("{}/", server.url))
         .env("ACTIONS_RESULTS_URL", format!("{}/", server.url))
@@ -36,11 +41,7 @@ async fn run(backend: Backend, service_v2: &str) {
     server.stop().await;
 }
 
-/// Not skipped: each of the other tests here runs it in a process of its own with `--ignored`, and fails unless it
-/// passed. In this process there is no server to find.
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "not skipped: the others run it with --ignored, in the environment of a job, and fail unless it passed"]
-async fn in_a_job() {
+async fn use_the_cache() {
     opendal::install_default();
     let cache = Operator::new(Ghac::default()).unwrap();
     let kind = |error: opendal::Error| error.kind();
@@ -82,20 +83,20 @@ async fn in_a_job() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn v2_on_sqlite_and_disk() {
-    run(Backend::SqliteDisk, "true").await;
+    run("v2_on_sqlite_and_disk", Backend::SqliteDisk, "true").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn v2_on_postgres_and_s3() {
-    run(Backend::PostgresS3, "true").await;
+    run("v2_on_postgres_and_s3", Backend::PostgresS3, "true").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn v1_on_sqlite_and_disk() {
-    run(Backend::SqliteDisk, "").await;
+    run("v1_on_sqlite_and_disk", Backend::SqliteDisk, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn v1_on_postgres_and_s3() {
-    run(Backend::PostgresS3, "").await;
+    run("v1_on_postgres_and_s3", Backend::PostgresS3, "").await;
 }

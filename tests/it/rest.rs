@@ -11,7 +11,7 @@ use wharfinger::papers::MintRequest;
 use wharfinger::service::credentials::NewApiToken;
 
 use super::cache_api::CacheJob;
-use super::common::process::{Environment, PATIENCE, Process};
+use super::common::process::{Environment, Process, http_client_builder};
 use super::common::{Backend, Job, TestServer};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -47,11 +47,7 @@ impl<'a> Person<'a> {
         let redirects = reqwest::redirect::Policy::none();
         Self {
             server,
-            http: reqwest::Client::builder()
-                .timeout(PATIENCE)
-                .redirect(redirects)
-                .build()
-                .unwrap(),
+            http: http_client_builder().redirect(redirects).build().unwrap(),
             token: text.expose_secret().to_owned(),
         }
     }

@@ -352,7 +352,12 @@ impl Drop for Process {
 
 /// A client for requests that fail when they get no answer.
 pub fn http_client() -> reqwest::Client {
-    reqwest::Client::builder().timeout(PATIENCE).build().unwrap()
+    http_client_builder().build().unwrap()
+}
+
+/// As [`http_client`], to be made to measure.
+pub fn http_client_builder() -> reqwest::ClientBuilder {
+    reqwest::Client::builder().timeout(PATIENCE)
 }
 
 /// A job that lives on while its server dies and comes back.
@@ -403,11 +408,7 @@ impl RemoteJob {
     /// The same, with a connection for each request: one that is kept may be closed, by a server that stops, at the
     /// moment at which the next request is sent on it.
     pub fn keeping_no_connections(self) -> Self {
-        let http = reqwest::Client::builder()
-            .timeout(PATIENCE)
-            .pool_max_idle_per_host(0)
-            .build()
-            .unwrap();
+        let http = http_client_builder().pool_max_idle_per_host(0).build().unwrap();
         Self { http, ..self }
     }
 

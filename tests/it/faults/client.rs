@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
 
 use super::PATIENCE;
-use crate::common::process::{self, Process};
+use crate::common::process::{Process, http_client_builder};
 use crate::common::{TestServer, block_link, block_list};
 
 const RUN: &str = "1";
@@ -101,11 +101,7 @@ impl Client {
     fn new(url: &str, token: String) -> Self {
         Self {
             // A connection kept open would keep a file descriptor of the server.
-            http: reqwest::Client::builder()
-                .timeout(process::PATIENCE)
-                .pool_max_idle_per_host(0)
-                .build()
-                .unwrap(),
+            http: http_client_builder().pool_max_idle_per_host(0).build().unwrap(),
             url: url.to_owned(),
             token,
             ledger: Mutex::default(),
